@@ -28,12 +28,15 @@ def check_base_names(manifest: Manifest, base: Safetensors) -> None:
     Raises BindingError: E401, E402 (SPEC 7.1), E403 (SPEC 7.2).
     """
     bound = [module for module in manifest.modules if module.base is not None]
-    missing = [module.name for module in bound if module.name not in base]
+    foreign = base.foreign
+    missing = [module.name for module in bound if module.name not in base and module.name not in foreign]
     if bound and len(missing) == len(bound):
         fail("E401", f"{base.label} has none of {len(missing)} base tensors, for example {missing[0]!r}")
     if missing:
         fail("E402", f"{base.label} has no {missing[0]!r} ({len(missing)} of {len(bound)} missing)")
     for module in bound:
+        if module.name in foreign:
+            fail("E403", f"dtype {foreign[module.name][:32]!r}, which is unknown", field=module.name)
         check_base_tensor(module, base[module.name])
 
 

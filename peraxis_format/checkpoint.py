@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -47,10 +47,31 @@ class TensorInfo:
         return self.end - self.begin
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Foreign:
+    """A tensor of a dtype that is unknown to the format. Its shape cannot be checked; its bytes are never read."""
+
+    name: str
+    dtype: str
+    file: Path
+    begin: int
+    end: int
+
+    def refused(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.file}: tensor {self.name!r} has dtype {self.dtype[:32]!r}, which PXD does not allow (SPEC 1); "
+            "save the checkpoint without it or in another dtype"
+        )
+
+
+_Record = TypeVar("_Record", TensorInfo, _Foreign)
+
+
 class Safetensors:
     """A checkpoint in safetensors files: one file, or the shards of a folder. A context manager.
 
-    A read-only mapping of tensor names to TensorInfo, in name order. Reads may come from several threads.
+    A read-only mapping of tensor names to TensorInfo, in name order. Reads may come from several threads. Tensors of
+    dtypes that are unknown to the format are no part of the mapping (SPEC 7): `foreign` has their names and dtypes.
     """
 
     def __init__(self, found: CheckpointFiles, *, label: str) -> None:
@@ -59,7 +80,9 @@ class Safetensors:
         self.ignored = found.ignored
         self._descriptors: dict[Path, int] = {}
         self._stamps: dict[Path, _Stamp] = {}
-        self._tensors = dict(sorted(_tensors_of(found, label, self._stamps).items()))
+        tensors = dict(sorted(_tensors_of(found, label, self._stamps).items()))
+        self._tensors = {name: info for name, info in tensors.items() if isinstance(info, TensorInfo)}
+        self._foreign = {name: info for name, info in tensors.items() if isinstance(info, _Foreign)}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Safetensors:
@@ -83,6 +106,17 @@ class Safetensors:
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
 
+    @property
+    def foreign(self) -> dict[str, str]:
+        """The names and dtypes of tensors whose dtype is unknown to the format, in name order."""
+        return {name: tensor.dtype for name, tensor in self._foreign.items()}
+
+    def check_dtypes(self, names: Container[str] | None = None) -> None:
+        """Raise CheckpointError for a tensor whose dtype is unknown to the format. names: only these are used."""
+        for name, tensor in self._foreign.items():
+            if names is None or name in names:
+                raise tensor.refused()
+
     def infos(self) -> list[TensorInfo]:
         """Every tensor, in name order."""
         return list(self._tensors.values())
@@ -98,9 +132,8 @@ class Safetensors:
         Raises CheckpointError if two tensors would have one name.
         """
         other = copy(self)
-        infos = [replace(info, name=names.get(name, name)) for name, info in self._tensors.items()]
-        other._tensors = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
-        if len(other._tensors) != len(self._tensors):
+        other._tensors, other._foreign = _renamed(self._tensors, names), _renamed(self._foreign, names)
+        if len({**other._tensors, **other._foreign}) != len(self._tensors) + len(self._foreign):
             raise CheckpointError(f"{self.label}: two tensors would have one name; save the checkpoint again")
         return other
 
@@ -180,6 +213,12 @@ class Safetensors:
         self.close()
 
 
+def _renamed(tensors: Mapping[str, _Record], names: Mapping[str, str]) -> dict[str, _Record]:
+    """The tensors with the new names of `names`, in name order."""
+    renamed = (replace(tensor, name=names.get(name, name)) for name, tensor in tensors.items())
+    return {tensor.name: tensor for tensor in sorted(renamed, key=lambda tensor: tensor.name)}
+
+
 def _stamp_of(about: os.stat_result) -> _Stamp:
     return about.st_size, about.st_mtime_ns
 
@@ -190,12 +229,12 @@ def _changed(file: Path) -> CheckpointError:
     )
 
 
-def _tensors_of(found: CheckpointFiles, label: str, stamps: dict[Path, _Stamp]) -> dict[str, TensorInfo]:
+def _tensors_of(found: CheckpointFiles, label: str, stamps: dict[Path, _Stamp]) -> dict[str, TensorInfo | _Foreign]:
     """Every tensor, from the file that the index names; without an index each tensor must be in one file.
 
     stamps: gets that of each file.
     """
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo | _Foreign] = {}
     for file in found.files:
         infos, stamps[file] = _read_infos(file)
         for info in infos:
@@ -217,7 +256,7 @@ def _tensors_of(found: CheckpointFiles, label: str, stamps: dict[Path, _Stamp]) 
     return tensors
 
 
-def _read_infos(file: Path) -> tuple[list[TensorInfo], _Stamp]:
+def _read_infos(file: Path) -> tuple[list[TensorInfo | _Foreign], _Stamp]:
     """The tensors of a file, and its stamp."""
     with open(file, "rb") as stream:
         about = os.fstat(stream.fileno())
@@ -252,7 +291,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_cover(infos: Iterable[TensorInfo], data: int, size: int) -> None:
+def _check_cover(infos: Iterable[TensorInfo | _Foreign], data: int, size: int) -> None:
     """Check that the tensors cover [data, size) once. So the bytes that are read are no more than those of the file."""
     at = data
     for info in sorted(infos, key=lambda info: (info.begin, info.end)):
@@ -272,21 +311,21 @@ def _whole(value: object) -> int:
     return value
 
 
-def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo:
+def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo | _Foreign:
     if any("\ud800" <= char <= "\udfff" for char in name):
         raise CheckpointError(f"{file}: tensor name {name!r} is not valid Unicode; save the checkpoint again")
-    if value["dtype"] not in DType.__members__:
-        raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {value['dtype']!r}, which PXD does not allow (SPEC 1); "
-            "save the checkpoint without it or in another dtype"
-        )
-    dtype = DType(value["dtype"])
+    if not isinstance(value["dtype"], str):
+        raise ValueError(f"tensor {name!r}: its dtype is not a text")
     if len(value["shape"]) > _DIMENSIONS_MAX:
         raise ValueError(f"tensor {name!r}: has {len(value['shape'])} dimensions")
     shape = tuple(map(_whole, value["shape"]))
     begin, end = (data + _whole(offset) for offset in value["data_offsets"])
-    if any(d < 0 for d in shape) or not dtype.fits(shape) or end - begin != dtype.size_of(shape) or begin < data:
+    dtype = DType(value["dtype"]) if value["dtype"] in DType.__members__ else None
+    fits = end >= begin if dtype is None else dtype.fits(shape) and end - begin == dtype.size_of(shape)
+    if any(d < 0 for d in shape) or not fits or begin < data:
         raise ValueError(f"tensor {name!r}: offsets do not fit its shape")
     if end > size:
         raise CheckpointError(f"{file}: ends within tensor {name!r} ({size} of {end} bytes); fetch it again")
+    if dtype is None:
+        return _Foreign(name=name, dtype=value["dtype"], file=file, begin=begin, end=end)
     return TensorInfo(name, dtype, shape, file, begin, end)

@@ -63,8 +63,8 @@ class DeltaFile:
         tuned, base = self.manifest.fine_tuned.id, self.manifest.base.id
         state = ", closed" if self._closed else ""
         return (
-            f"<DeltaFile {str(self.path)!r}: {tuned!r} on {base!r}, {len(self)} modules, {self.size} bytes, "
-            f"{self.content_id[:19]}…{state}>"
+            f"<DeltaFile {str(self.path)!r}: {tuned!r} on {base!r}, {len(self)} module{'' if len(self) == 1 else 's'}, "
+            f"{self.size} bytes, {self.content_id[:19]}…{state}>"
         )
 
     def _mapped(self) -> mmap.mmap:

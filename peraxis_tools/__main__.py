@@ -1,5 +1,5 @@
 """`python -m peraxis_tools`: the command line if scripts are not on the path."""
 
-from peraxis_tools.cli import main
+from peraxis_tools.entry import main
 
 main()

@@ -17,6 +17,7 @@ import peraxis_format as pxd
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.inspection import InspectResult
 from peraxis_tools.names import HUB_ID
+from peraxis_tools.shown import counted, times_smaller
 from peraxis_tools.yaml_file import check_yaml
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _section(repository: str, delta: CardDelta) -> Iterator[str]:
     yield ""
     yield (
         f"A full fine-tune of {_md(delta.base.id)} as {kind} in the PXD format: {found.bytes:,} bytes "
-        f"for a checkpoint of {found.full_bytes:,}, **{found.ratio:.1f} times smaller**."
+        f"for a checkpoint of {found.full_bytes:,}, **{times_smaller(found.ratio)}**."
     )
     yield ""
     yield from _facts(delta)
@@ -231,7 +232,7 @@ def _facts(delta: CardDelta) -> Iterator[str]:
     calibration = found.manifest.calibration
     if calibration is not None:
         yield (
-            f"- scales fitted on {calibration.samples} samples of {calibration.sequence_length} tokens: "
+            f"- scales fitted on {counted(calibration.samples, 'sample')} of {calibration.sequence_length} tokens: "
             f"{_md(calibration.source)}"
         )
     yield f"- written by {_md(found.manifest.producer.name)} {_md(found.manifest.producer.version)}"

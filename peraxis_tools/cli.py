@@ -31,7 +31,7 @@ with interrupts_end():
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
-    from peraxis_tools.process import Terminated, drop_output, interrupt_behind, prepared_process
+    from peraxis_tools.process import Terminated, drop_output, drop_signals, interrupt_behind, prepared_process
     from peraxis_tools.quiet import hush_hub
     from peraxis_tools.report.console import print_error, print_notes, print_progress
 
@@ -183,6 +183,24 @@ def _import_failed(error: ImportError) -> int:
 
 
 def _exit_code() -> int:
+    """Run the verb, tell its error, and return the exit code."""
+    try:
+        return _told()
+    except (KeyboardInterrupt, Terminated) as again:  # a second signal, before `drop_signals` was done
+        drop_signals()
+        return _told_signal(interrupt_behind(again) or again)
+
+
+def _told_signal(error: BaseException) -> int:
+    drop_signals()
+    if isinstance(error, Terminated):
+        print_error(_with_notes(f"ended by {error.name}", error))
+        return error.exit_status
+    print_error(_with_notes("interrupted", error))
+    return INTERRUPTED
+
+
+def _told() -> int:
     try:
         _run()
     except click.exceptions.Exit as done:
@@ -193,12 +211,8 @@ def _exit_code() -> int:
     except click.ClickException as error:
         print_error(_usage(error))
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt) as error:
-        print_error(_with_notes("interrupted", error))
-        return INTERRUPTED
-    except Terminated as signalled:
-        print_error(_with_notes(f"ended by {signalled.name}", signalled))
-        return signalled.exit_status
+    except (click.Abort, KeyboardInterrupt, Terminated) as error:
+        return _told_signal(error)
     except (BackendError, PxdError, CheckpointError, ToolError) as error:
         print_error(_said(error))
         return error.exit_status

@@ -24,6 +24,7 @@ class DerivedCheckpoint(pxd.Safetensors):
         self._stamps = {}
         self._read_from = before
         self._tensors = {info.name: info for info in infos}
+        self._foreign = {name: info for name, info in before._foreign.items() if name not in self._tensors}
 
     @abstractmethod
     def _whole(self, name: str) -> pxd.Array:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # compiled into Python; the rest of `signal` needs many modules
 import os
 
-__all__ = ["INTERRUPTED", "interrupts_end", "raise_interrupt", "received"]
+__all__ = ["INTERRUPTED", "end_at_once", "finished", "interrupts_end", "raise_interrupt", "received"]
 
 INTERRUPTED = 130
 # The signals that asked this process to end, so that an error that one of them led to is told from others.
 received: list[int] = []
+# The exit status of a process whose work is done; empty before.
+finished: list[int] = []
 
 
 def raise_interrupt(number: int, frame: object) -> None:
@@ -29,7 +31,7 @@ class interrupts_end:  # noqa: N801  a context manager, used like contextlib.sup
         self._changed = self._before in (_signal.default_int_handler, raise_interrupt)
         try:
             if self._changed:
-                _signal.signal(_signal.SIGINT, _end)
+                _signal.signal(_signal.SIGINT, end_at_once)
         except ValueError:  # signals belong to the main thread
             self._changed = False
 
@@ -38,7 +40,10 @@ class interrupts_end:  # noqa: N801  a context manager, used like contextlib.sup
             _signal.signal(_signal.SIGINT, self._before)
 
 
-def _end(number: int, frame: object) -> None:
+def end_at_once(number: int, frame: object) -> None:
+    """The handler of SIGINT while nothing can be lost."""
+    if finished:
+        os._exit(finished[0])
     try:  # noqa: SIM105  contextlib is not loaded yet
         os.write(2, b"error: interrupted\n")
     except OSError:

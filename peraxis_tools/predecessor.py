@@ -9,9 +9,11 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_format.errors import base_advice, previous_advice
+from peraxis_tools.shown import listed
 
 __all__ = ["advise", "predecessor_named"]
 
+_SHOWN: Final = 3
 # The base of an exact tensor is checked before its result.
 _WRONG_RESULT: Final = (
     "fetch this update again; if the publisher's copy has this content ID, the publisher must write it again"
@@ -45,13 +47,15 @@ def advise(error: pxd.PxdError, file: pxd.DeltaFile, *, given: Path | None = Non
 
 
 def _named(content_id: str, folder: Path) -> str:
-    """The file with this content ID in a folder, in parentheses, or else one that cannot be read."""
-    unreadable: Path | None = None
+    """The file with this content ID in a folder, in parentheses, or else those that cannot be read."""
+    unreadable: list[str] = []
     for path in sorted(folder.glob("*.pxd")):
         try:
             with pxd.open(path) as file:
                 if file.content_id == content_id:
                     return f" ({path})"
         except (pxd.PxdError, OSError):
-            unreadable = unreadable or path
-    return "" if unreadable is None else f" (perhaps {unreadable}, which cannot be read)"
+            unreadable.append(str(path))
+    if not unreadable:
+        return ""
+    return f" (perhaps {'one of ' if len(unreadable) > 1 else ''}{listed(unreadable, _SHOWN)}, which cannot be read)"

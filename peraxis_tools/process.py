@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from peraxis_tools.interrupts import raise_interrupt, received
+from peraxis_tools.interrupts import end_at_once, raise_interrupt, received
 
-__all__ = ["Terminated", "drop_output", "interrupt_behind", "prepared_process", "told_on_interrupt"]
+__all__ = ["Terminated", "drop_output", "drop_signals", "interrupt_behind", "prepared_process", "told_on_interrupt"]
 
 # Signals that ask a process to end. Each is raised as Terminated, so that open contexts clean up.
 _ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -95,8 +95,8 @@ def prepared_process() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         # An ignored signal (nohup) stays ignored.
         before = {number: signal.getsignal(number) for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL}
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            before[signal.SIGINT] = signal.default_int_handler
+        if (handler := signal.getsignal(signal.SIGINT)) in (signal.default_int_handler, end_at_once):
+            before[signal.SIGINT] = handler
     received.clear()
     for number in before:
         signal.signal(number, raise_interrupt if number == signal.SIGINT else _terminate)
@@ -108,10 +108,21 @@ def prepared_process() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    for each in _ENDING:
-        signal.signal(each, signal.SIG_IGN)  # do not interrupt the cleanup
+    drop_signals()  # do not interrupt the cleanup
     received.append(number)
     raise Terminated(number)
+
+
+def drop_signals() -> None:
+    """Do nothing at further signals, because this process ends. Only handlers of `prepared_process` are replaced."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (*_ENDING, signal.SIGINT):
+            if signal.getsignal(number) in (raise_interrupt, _terminate):
+                signal.signal(number, _drop)
+
+
+def _drop(number: int, frame: FrameType | None) -> None:
+    """A handler, and not SIG_IGN: for a signal that came just before SIG_IGN was set Python prints an error."""
 
 
 def drop_output() -> None:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["counted", "listed", "printable_name", "visible"]
+__all__ = ["counted", "listed", "printable_name", "times_smaller", "visible"]
 
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode's categories
 
@@ -25,6 +25,11 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 module`, `2 modules`. noun: one whose plural ends in s."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def times_smaller(ratio: float) -> str:
+    """`6.7 times smaller`, or `1.2 times larger`. ratio: the checkpoint's size over that of the file."""
+    return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times larger"
 
 
 def printable_name(path: str) -> str:

@@ -13,6 +13,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import atomic_folder
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import Progress, watched
+from peraxis_tools.shown import counted
 
 __all__ = ["Part", "SplitResult", "split"]
 
@@ -70,7 +71,8 @@ def _groups(delta: pxd.DeltaFile, parts: int) -> list[list[str]]:
     """Groups of consecutive modules; a new group starts when the groups before it have their share of the bytes."""
     names = list(delta)
     if parts > len(names):
-        raise ToolError(f"{delta.path}: has {len(names)} modules, not {parts}; pass parts (--parts) of at most that")
+        most = f"pass at most {len(names)} parts (--parts)" if len(names) > 1 else "it cannot be split"
+        raise ToolError(f"{delta.path}: has {counted(len(names), 'module')}, too few for {parts} parts; {most}")
     total = sum(map(delta.payload_bytes, names))
     groups: list[list[str]] = [[]]
     done = 0

@@ -26,6 +26,7 @@ from peraxis_tools.encoding import token_ids
 from peraxis_tools.errors import OptionError
 from peraxis_tools.names import names_a_file
 from peraxis_tools.notes import note
+from peraxis_tools.shown import counted
 
 __all__ = ["Ids", "Samples", "Source", "check_texts", "load_samples", "unread_tokens", "without_folders"]
 
@@ -129,8 +130,8 @@ def load_samples(
     for source, read in zip(parsed, found, strict=True):
         if len(read) < length:
             note(
-                f"text {source.name}: has {len(read)} tokens, less than one sample of {length}; a result on so little "
-                "text says next to nothing"
+                f"text {source.name}: has {counted(len(read), 'token')}, less than one sample of {length}; a result on "
+                "so little text says next to nothing"
             )
     length = min(length, *map(len, found))
     arrays = [np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length) for ids in found]

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from peraxis_tools.process_context import ProcessContext
 
-__all__ = ["limit_torch", "one_blas_thread", "pool_size", "use_threads"]
+__all__ = ["limit_torch", "one_blas_thread", "pool_size", "threads_asked_for", "use_threads"]
 
 _VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _limit: int | None = None
@@ -24,6 +24,11 @@ _limit: int | None = None
 def pool_size() -> int:
     """The number of threads of a pool: the limit inside `use_threads`, else one for each processor."""
     return _limit or os.cpu_count() or 1
+
+
+def threads_asked_for() -> int | None:
+    """The limit inside `use_threads`; None outside."""
+    return _limit
 
 
 @contextmanager

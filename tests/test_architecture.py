@@ -116,6 +116,7 @@ COMPRESS = (
         "fit",
         "distill",
         "run.inputs",
+        "run.continuing",
         "run.streamed",
     ),
     *("run.calibrated", "run"),
@@ -124,7 +125,7 @@ VERBS = "inspect verify apply diff merge split convert evaluate publish compress
 # Modules of a verb in addition to the module or folder of its name.
 VERB_FILES = {"verify_files": "verify", "inspect_details": "inspect"}
 # These modules run verbs but are not verbs: the demo, chains of updates, the bounds of `verify`, and the shell.
-COMPOSED = {"demo", "chain", "bounds", "commands", "report", "cli", "__main__", "reference", "process"}
+COMPOSED = {"demo", "chain", "bounds", "commands", "report", "cli", "entry", "__main__", "reference", "process"}
 
 
 def module_of(path: Path) -> str:

@@ -222,6 +222,14 @@ def shapes() -> Iterator[Entry]:
         operation="apply",
         files={"file": build(content), "base": more, "output": output},
     )
+    foreign = {"unused": ("F9_NEW", (3,), b"abcde"), **base_of(content), "none": ("F12", (0, 2), b"")}
+    yield Entry(
+        id="base-with-unknown-dtypes",
+        clause="7.1",
+        operation="apply",
+        files={"file": build(content), "base": safetensors(foreign), "output": output},
+        note="tensors that the manifest does not name may have dtypes that the format does not know",
+    )
     yield Entry(
         id="dropped-is-not-in-base",
         clause="6.5",

@@ -77,6 +77,8 @@ def bindings() -> Iterator[Entry]:
             content,
             {**good, name: (dtype, shape, raw[:-1] + bytes((raw[-1] ^ 1,)))},
         )
+    for name, (_, shape, raw) in good.items():
+        yield rejected(f"base-unknown-dtype-{name}", "E403", "7.2", content, {**good, name: ("F9_NEW", shape, raw)})
     yield rejected("base-lacks-all-but-one", "E402", "7.1", content, {"k": good["k"]})
     yield rejected("base-transposed", "E403", "7.2", content, {**good, "q": ("BF16", (9, 3), good["q"][2])})
     yield rejected("base-more-rows", "E403", "7.2", content, {**good, "t": ("BF16", (5, 2), good["t"][2] + bytes(4))})

@@ -8,6 +8,7 @@ from pathlib import Path
 import peraxis_format as pxd
 from peraxis_format.errors import located
 from peraxis_tools.derived import DerivedCheckpoint
+from peraxis_tools.shown import counted
 
 __all__ = ["ChainState", "NoState", "StateNames"]
 
@@ -22,7 +23,7 @@ class ChainState(DerivedCheckpoint):
     def __init__(self, base: pxd.Safetensors, updates: Sequence[pxd.DeltaFile]) -> None:
         self._base = base
         self._updates = tuple(updates)
-        label = base.label if not updates else f"{base.label} + {len(updates)} updates"
+        label = base.label if not updates else f"{base.label} + {counted(len(updates), 'update')}"
         super().__init__(base, base.infos(), label=label)
         # For each update: the module of each alias.
         self._modules = {id(update): {alias: name for name, alias in update.manifest.tied} for update in self._updates}
@@ -59,6 +60,7 @@ class StateNames(DerivedCheckpoint):
     def __init__(self, update: pxd.DeltaFile) -> None:
         self.label = str(update.path)
         self._tensors = _infos_after(update)
+        self._foreign = {}
 
     def _whole(self, name: str) -> pxd.Array:
         raise KeyError(name)

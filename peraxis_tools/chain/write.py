@@ -236,7 +236,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
             step(job.new[module.name].size)
         for name, alias in tied:
             writer.tie(name, alias)
-        for name in job.old:
+        for name in (*job.old, *job.old.foreign):
             if name not in job.new:
                 writer.drop(name)
         for path, data in job.assets.items():

@@ -37,6 +37,7 @@ def command(
     The base is needed because changes are coded relative to its weights. UPDATE is a file, or a folder of updates: a
     path, a URL or a repository on the hub.
 
+    \b
     Example: peraxis-tools compact step-0001*.pxd --base step-99 -o 100-to-124.pxd
     """
     with updates_of(updates, quiet=quiet, output=output) as paths:

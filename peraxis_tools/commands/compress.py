@@ -140,7 +140,7 @@ class _Compress(click.Command):
 @overwrite_option
 @json_option
 @quiet_option
-@threads_option
+@threads_option("a last bit of a fit on text")
 def command(
     base: str,
     fine_tuned: str,
@@ -164,6 +164,7 @@ def command(
     options of a run are recorded in its .pxd; --config delta.pxd repeats them. A file of text is recorded without its
     folder: repeat the run in that folder, or pass --calibration too.
 
+    \b
     Example: peraxis-tools compress meta-llama/Llama-3.1-8B my/fine-tune -o delta.pxd --calibration c4
     """
     if config is not None and given["recipe"] is not None and is_delta(config):

@@ -165,6 +165,7 @@ def _refuse_other(source: str, layout: str) -> None:
     if layout != "auto" or not path.exists() or recognised(path) is not None:
         return
     if path.is_dir() and any(path.glob("*.safetensors")):
+        pxd.Safetensors.open(path).close()  # its error names a LoRA adapter
         raise ToolError(
             f"{source}: is a checkpoint and not a delta, nor an xor wire (its index has no delta_encoding); "
             "make a delta of it with `compress`"

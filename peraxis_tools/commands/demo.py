@@ -32,6 +32,7 @@ def command(folder: Path, seed: int, as_json: bool, quiet: bool) -> None:
 
     It works offline and takes some minutes on two cores. If it is interrupted, it begins again with the training.
 
+    \b
     Example: peraxis-tools demo --folder /tmp/demo
     """
     size = PairSize()

@@ -81,7 +81,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @json_option
 @quiet_option
-@threads_option
+@threads_option("the last digits of a figure")
 def command(
     base: str,
     fine_tuned: str,
@@ -116,6 +116,7 @@ def command(
     merged      weights rounded as `apply` writes them; on the fly: unrounded, as a server of many variants
     after, worst  KL after special tokens, and the text before the tokens with the largest KL
 
+    \b
     Example: peraxis-tools eval org/base my/fine-tune delta.pxd --text code=held-out.jsonl --text c4=other.jsonl
     """
     if not tasks:

@@ -25,6 +25,7 @@ def command(delta: str, output: Path, overwrite: bool, as_json: bool, quiet: boo
 
     DELTA may be a URL; then only its header and these files are fetched.
 
+    \b
     Example: peraxis-tools extract delta.pxd -o tokenizer
     """
     emit(extract(delta, output, overwrite=overwrite), render_extract, schema="peraxis.extract/1", as_json=as_json)

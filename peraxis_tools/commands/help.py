@@ -14,6 +14,7 @@ __all__ = ["command"]
 def command(verb: str | None) -> None:
     """Show the help of VERB, or of the program.
 
+    \b
     Example: peraxis-tools help compress
     """
     from peraxis_tools.cli import cli

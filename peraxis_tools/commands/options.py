@@ -144,20 +144,26 @@ workers_option = click.option(
 )
 
 
-def threads_option(command: Callable[..., None]) -> Callable[..., None]:
-    """`--threads`: the command runs with this many threads, and is not passed the number."""
+def threads_option(last: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--threads`: the command runs with this many threads, and is not passed the number.
 
-    @functools.wraps(command)
-    def run(*args: Any, threads: int | None, **given: Any) -> None:
-        with use_threads(threads):
-            command(*args, **given)
+    last: what another number may change.
+    """
 
-    return click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        help="The number of threads, also of child processes; another number may change a last bit of a fit on text.  "
-        "[default: one for each core]",
-    )(run)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*args: Any, threads: int | None, **given: Any) -> None:
+            with use_threads(threads):
+                command(*args, **given)
+
+        return click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            help=f"The number of threads, also of child processes; another number may change {last}.  "
+            "[default: one for each core]",
+        )(run)
+
+    return decorate
 
 
 def masks_option(kind: click.ParamType[Any], *, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -26,6 +26,7 @@ __all__ = ["command"]
 def command(delta: str, output: Path, parts: int, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Split DELTA into parts that `merge` joins again, byte for byte. A part alone cannot be applied.
 
+    \b
     Example: peraxis-tools split delta.pxd --parts 4 -o parts
     """
     with fetched([delta], quiet=quiet) as paths:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from peraxis_tools.errors import OptionError
+from peraxis_tools.former_names import present
 from peraxis_tools.sizes import parse_size
 
 __all__ = ["AUTO", "named", "texts", "typed"]
@@ -28,22 +29,17 @@ _KIND_NAMES: Final[Mapping[type, str]] = {
     str: "a text",
     bool: "true or false",
 }
-# Former names of options; files and their digests still use them.
-_OTHER_NAMES: Final[Mapping[str, str]] = {"bits": "masks"}
 
 
 def named(values: Mapping[Any, Any]) -> dict[str, Any]:
     """The values by the present names of options. Raises OptionError for an option under two names."""
     keys: dict[str, object] = {}
-    for key in values:
-        name = str(key).replace("-", "_")
-        name = _OTHER_NAMES.get(name, name)
+    found: dict[str, Any] = {}
+    for key, given in values.items():
+        name, value = present(str(key).replace("-", "_"), given)
         if name in keys:
             raise OptionError(f"{key} is another name of {keys[name]}; give only one of them")
-        keys[name] = key
-    found = {name: values[key] for name, key in keys.items()}
-    if keys.get("masks") == "bits" and found["masks"] == 1:
-        found["masks"] = AUTO  # as the files mean it
+        keys[name], found[name] = key, value
     return found
 
 

@@ -98,6 +98,7 @@ def diff_checkpoint(
         open_checkpoint(fine_tuned) as after,
         watched(progress, "diff", _payload_bytes(opened)) as step,
     ):
+        after.tensors.check_dtypes()
         file = unpacked(opened, before.tensors)
         pxd.check_base_names(file.manifest, before.tensors)
         aliases = {alias for _, alias in file.manifest.tied}

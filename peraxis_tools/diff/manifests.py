@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import peraxis_format as pxd
 from peraxis_tools.diff.result import ManifestChange
+from peraxis_tools.former_names import present
 
 __all__ = ["manifest_changes"]
 
@@ -42,11 +43,12 @@ def _fields(manifest: pxd.Manifest) -> Iterable[tuple[str, str | None]]:
     for asset in manifest.assets:
         yield f"assets[{asset.path!r}]", asset.sha256
     for key in sorted(manifest.metadata):
-        yield from _metadata(f"metadata[{key!r}]", manifest.metadata[key])
+        yield from _metadata(key, manifest.metadata[key])
 
 
-def _metadata(field: str, value: str) -> Iterable[tuple[str, str | None]]:
+def _metadata(name: str, value: str) -> Iterable[tuple[str, str | None]]:
     """Pairs of field and text; a text that is a JSON object, as our tools write it, is split by its keys."""
+    field = f"metadata[{name!r}]"
     try:
         found = json.loads(value)
     except (ValueError, RecursionError):
@@ -55,6 +57,8 @@ def _metadata(field: str, value: str) -> Iterable[tuple[str, str | None]]:
         yield field, value
         return
     for key, item in found.items():
+        if name == "peraxis.config":
+            key, item = present(key, item)
         yield f"{field}.{key}", json.dumps(item, ensure_ascii=False)
 
 

@@ -89,7 +89,7 @@ def _tail(read: Sequence[Tensor], each: Sequence[Tensor], special: Collection[in
     order = torch.argsort(kl, descending=True, stable=True)
     places = [(sample, position) for sample, found in enumerate(each) for position in range(len(found))]
     worst = []
-    for index in order[:_WORST].tolist():
+    for index in order[:_WORST][kl[order[:_WORST]] > 0].tolist():
         sample, position = places[index]
         context = read[sample][max(0, position + 1 - _CONTEXT) : position + 1].tolist()
         worst.append(WorstToken(kl=float(kl[index]), sample=sample, position=position, context=tuple(context)))

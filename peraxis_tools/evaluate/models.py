@@ -28,6 +28,7 @@ def _folder(source: str | Path, revision: str | None) -> Path:
         if checkpoint.folder is None:
             raise ToolError(f"{source}: has no configuration beside it; pass the checkpoint's folder")
         checkpoint.config()
+        checkpoint.tensors.check_dtypes()  # transformers reads every tensor
         return checkpoint.folder
 
 

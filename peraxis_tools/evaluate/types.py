@@ -57,7 +57,8 @@ class SpecialToken:
 class Tail:
     """KL by position, in nats, which shows large local errors that a good mean hides.
 
-    share_of_worst_1: the share of the total KL in the worst 1% of the positions.
+    share_of_worst_1: the share of the total KL in the worst 1% of the positions. worst: none of equal
+    models.
     """
 
     median: float

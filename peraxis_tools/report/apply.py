@@ -6,14 +6,15 @@ from rich.console import Console
 
 from peraxis_tools.apply import ApplyResult
 from peraxis_tools.report.console import size, text
-from peraxis_tools.shown import listed
+from peraxis_tools.shown import counted, listed
 
 __all__ = ["render_apply"]
 
 
 def render_apply(result: ApplyResult, console: Console) -> None:
     """Print the path of the checkpoint and its files."""
-    console.print(f"[bold green]applied[/]  {text(result.path)}  {result.tensors} tensors, {size(result.full_bytes)}")
+    written = f"{counted(result.tensors, 'tensor')}, {size(result.full_bytes)}"
+    console.print(f"[bold green]applied[/]  {text(result.path)}  {written}")
     console.print(f"delta    {text(result.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")
     if result.left_behind:

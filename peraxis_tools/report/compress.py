@@ -11,7 +11,7 @@ from peraxis_format import Encoding
 from peraxis_tools.blocks import blocks_text
 from peraxis_tools.compress.plan.plan import EXACT
 from peraxis_tools.report.console import print_note, size, text
-from peraxis_tools.shown import counted, listed
+from peraxis_tools.shown import counted, listed, times_smaller
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan
@@ -38,12 +38,12 @@ def plan_lines(plan: Plan) -> None:
     if exact[EXACT]:  # their bytes follow from the number of changes
         print_note(f"plan: at most {size(whole)} of {size(plan.full_bytes)}")
     else:
-        print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {ratio:.1f} times smaller")
+        print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {times_smaller(ratio)}")
 
 
 def render_dry_run(result: RunEstimate, console: Console) -> None:
     """Print the bytes, memory and time of a run, in total and by stage."""
-    bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {result.ratio:.1f} times smaller")
+    bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {times_smaller(result.ratio)}")
     console.print(
         f"would be  {bound}{size(result.bytes)} of {size(result.full_bytes)}{ratio}: "
         f"{result.signed} of {result.module_count} modules with signs"
@@ -60,7 +60,7 @@ def render_compress(result: CompressResult, console: Console) -> None:
     """Print the file, its sizes, the fit, and the modules that differ from the plan."""
     console.print(
         f"[bold green]compressed[/]  {text(result.path)}  {size(result.bytes)} of {size(result.full_bytes)}, "
-        f"{result.ratio:.1f} times smaller"
+        f"{times_smaller(result.ratio)}"
     )
     console.print(f"content  {text(result.content_id)}")
     axes = ", ".join(f"{axis} {count}" for axis, count in result.axis_counts.items()) or "none"
@@ -72,9 +72,8 @@ def render_compress(result: CompressResult, console: Console) -> None:
     if result.exact_blocks:
         console.print(f"blocks   {blocks_text(result.exact_blocks, result.prefer)}")
     if result.calibration_samples:
-        console.print(
-            f"fit      {result.fit}, on {result.calibration_samples} samples, {result.calibration_tokens} tokens"
-        )
+        samples = counted(result.calibration_samples, "sample")
+        console.print(f"fit      {result.fit}, on {samples}, {result.calibration_tokens} tokens")
     else:
         console.print(f"fit      {result.fit}")
     if result.unread_tokens:

@@ -6,12 +6,14 @@ from rich.console import Console
 
 from peraxis_tools.extract import ExtractResult
 from peraxis_tools.report.console import size, text
+from peraxis_tools.shown import counted
 
 __all__ = ["render_extract"]
 
 
 def render_extract(result: ExtractResult, console: Console) -> None:
     """Print the folder and its files."""
-    console.print(f"[bold green]extracted[/]  {text(result.path)}  {len(result.files)} files, {size(result.bytes)}")
+    written = f"{counted(len(result.files), 'file')}, {size(result.bytes)}"
+    console.print(f"[bold green]extracted[/]  {text(result.path)}  {written}")
     console.print(f"content  {text(result.content_id)}")
     console.print(f"files    {text(', '.join(result.files))}")

@@ -13,6 +13,7 @@ from peraxis_tools.delta_parts import is_part, part_of
 from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.report.console import size, text
+from peraxis_tools.shown import times_smaller
 
 __all__ = ["render_inspect", "wrapped"]
 
@@ -50,7 +51,7 @@ def _summary(result: InspectResult, console: Console) -> None:
         console.print(f"previous     {text(manifest.previous or 'none')}")
     console.print(
         f"size         {size(result.bytes)} for a checkpoint of {size(result.full_bytes)}: "
-        f"[bold green]{result.ratio:.1f} times smaller[/]"
+        f"[bold green]{times_smaller(result.ratio)}[/]"
     )
     console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
     part = part_of(manifest, result.path)

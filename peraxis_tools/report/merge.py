@@ -6,6 +6,7 @@ from rich.console import Console
 
 from peraxis_tools.merge import MergeResult
 from peraxis_tools.report.console import size, text
+from peraxis_tools.shown import counted
 from peraxis_tools.split import SplitResult
 
 __all__ = ["render_merge", "render_split"]
@@ -41,4 +42,4 @@ def render_split(result: SplitResult, console: Console) -> None:
     """Print the parts, one in each line."""
     console.print(f"[bold green]split[/]  into {len(result.parts)} parts\n       {text(result.content_id)}")
     for part in result.parts:
-        console.print(f"{text(part.path)}  {part.module_count} modules, {size(part.bytes)}")
+        console.print(f"{text(part.path)}  {counted(part.module_count, 'module')}, {size(part.bytes)}")

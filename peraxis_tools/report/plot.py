@@ -17,6 +17,7 @@ from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import layer_of
 from peraxis_tools.optional import require
 from peraxis_tools.report.console import size
+from peraxis_tools.shown import times_smaller
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool
         figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
         grid = figure.add_gridspec(rows, 2)
         name = _plain(result.manifest.fine_tuned.id)
-        figure.suptitle(f"{name}   {size(result.bytes)}, {result.ratio:.1f} times smaller", fontsize=11)
+        figure.suptitle(f"{name}   {size(result.bytes)}, {times_smaller(result.ratio)}", fontsize=11)
         for i, panel in enumerate(panels):
             # An odd panel at the end takes the whole row.
             columns = slice(None) if i == 2 * rows - 2 == len(panels) - 1 else i % 2

@@ -142,12 +142,41 @@ def test_a_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
         pxd.Safetensors.open(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["F4_E2M1", "F8_E3M4", "Q4_K", "", None])
-def test_a_dtype_that_is_not_carried_is_named_with_its_tensor(tmp_path: Path, dtype: str | None) -> None:
-    header = json.dumps({"a.weight": {"dtype": dtype, "shape": [2], "data_offsets": [0, 1]}}).encode()
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07")
-    with pytest.raises(CheckpointError, match=r"'a\.weight' has dtype .*which PXD does not allow"):
-        pxd.Safetensors.open(tmp_path)
+def of_dtype(folder: Path, dtype: object, end: int = 1) -> Path:
+    record = {"dtype": dtype, "shape": [2], "data_offsets": [0, end]}
+    known = {"dtype": "U8", "shape": [2 - end], "data_offsets": [end, 2]}
+    header = json.dumps({"a.weight": record, "b.weight": known}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07\x08")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["F4_E2M1", "F8_E3M4", "Q4_K", ""])
+def test_a_dtype_that_is_unknown_is_named_with_its_tensor_only_if_the_tensor_is_used(
+    tmp_path: Path, dtype: str
+) -> None:
+    """SPEC 7: tensors of the base that the manifest does not name are ignored."""
+    with pxd.Safetensors.open(of_dtype(tmp_path, dtype)) as tensors:
+        assert (list(tensors), tensors.foreign) == (["b.weight"], {"a.weight": dtype})
+        assert tensors.read("b.weight").tolist() == [8]
+        assert (len(tensors), tensors.size, "a.weight" in tensors) == (1, 1, False)
+        assert tensors.renamed({"a.weight": "c"}).foreign == {"c": dtype}
+        with pytest.raises(CheckpointError, match="two tensors would have one name"):
+            tensors.renamed({"a.weight": "b.weight"})
+        tensors.check_dtypes({"b.weight"})
+        with pytest.raises(CheckpointError, match=r"'a\.weight' has dtype .*which PXD does not allow"):
+            tensors.check_dtypes({"a.weight"})
+        with pytest.raises(CheckpointError, match=r"'a\.weight' has dtype .*which PXD does not allow"):
+            tensors.check_dtypes()
+
+
+@pytest.mark.parametrize(("dtype", "end"), [(None, 1), (3, 1), ("Q4_K", -1), ("Q4_K", 0)])
+def test_a_record_of_an_unknown_dtype_must_be_one(tmp_path: Path, dtype: object, end: int) -> None:
+    path = of_dtype(tmp_path, dtype, end)
+    if end == 0:  # its size cannot be known
+        assert pxd.Safetensors.open(path).foreign == {"a.weight": dtype}
+        return
+    with pytest.raises(CheckpointError, match="malformed safetensors header"):
+        pxd.Safetensors.open(path)
 
 
 def test_an_index_of_many_files_that_are_not_there_is_refused_at_the_first(

@@ -119,3 +119,30 @@ def test_a_server_of_vllm_notices_it_too(tmp_path: Path, caplog: pytest.LogCaptu
     assert caplog.text.count("has another chain") == 1
     assert following.step == 2
     assert f"at step 2 of the one with the result {old.result}" in following.waiting["chain"]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_trainer_does_not_publish_into_a_chain_that_took_the_place_of_its_own(steps: int, tmp_path: Path) -> None:
+    """The other chain is behind, so no file of it is newer. No server could use an update after a gap."""
+    place = str(tmp_path / "chain")
+    old, model = publish(place, 3)
+    remove(place)
+    publish(place, steps, seed=1)
+    before = sorted(path.name for path in (tmp_path / "chain").iterdir())
+    move(model)
+    for _ in range(2):
+        with pytest.raises(FileExistsError, match=r"was replaced by another process.*publish to a new folder"):
+            old.step()
+    assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == before
+
+
+def test_a_trainer_goes_on_after_its_published_files_were_taken_away(tmp_path: Path) -> None:
+    """As by a program that ships them to servers and then deletes them."""
+    place = str(tmp_path / "chain")
+    old, model = publish(place, 3)
+    for path in (tmp_path / "chain").iterdir():
+        path.unlink()
+    for _ in range(2):
+        move(model)
+        old.step()
+    assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["step-00000004.pxd", "step-00000005.pxd"]

@@ -50,6 +50,30 @@ def test_the_help_of_every_verb_has_an_example_of_itself(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("columns", [60, 80])
+def test_an_example_can_be_copied_because_it_is_not_wrapped(verb: str, columns: int) -> None:
+    command = cli.get_command(click.Context(cli), verb)
+    assert command is not None
+    wanted = [line.strip().removeprefix("Example: ") for line in (command.help or "").splitlines()]
+    wanted = [line for line in wanted if line.startswith(("peraxis-tools ", "openssl "))]
+    shown = command.get_help(click.Context(command, info_name=verb, terminal_width=columns))
+    lines = [line.strip().removeprefix("Example: ") for line in shown.splitlines()]
+    assert wanted
+    assert [line for line in wanted if line not in lines] == []
+
+
+def test_threads_say_of_each_verb_what_they_may_change() -> None:
+    said = {}
+    for verb in VERBS:
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        for option in command.params:
+            if isinstance(option, click.Option) and "--threads" in option.opts:
+                said[verb] = (option.help or "").split("may change ")[1].split(".")[0]
+    assert said == {"compress": "a last bit of a fit on text", "eval": "the last digits of a figure"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_options_that_mean_the_same_are_called_the_same(verb: str) -> None:
     command = cli.get_command(click.Context(cli), verb)
     assert command is not None

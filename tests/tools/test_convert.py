@@ -248,6 +248,16 @@ def test_peft_loads_the_adapter_into_the_weights_that_we_say(tmp_path: Path, sha
         np.testing.assert_allclose(change, pxd.dense_delta(module), atol=1e-5)
 
 
+def test_an_adapter_is_no_source_and_is_called_one(tmp_path: Path) -> None:
+    path, _ = small_delta(tmp_path)
+    to_lora(path, tmp_path / "adapter", rank=2)
+    done = CliRunner().invoke(
+        command, [str(tmp_path / "adapter"), "--base", str(tmp_path), "-o", str(tmp_path / "x.pxd")]
+    )
+    assert isinstance(done.exception, pxd.CheckpointError)
+    assert "it is a LoRA adapter: merge it into its base first" in str(done.exception)
+
+
 def test_a_tied_embedding_is_left_out_and_counts_as_lost(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     names = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight")

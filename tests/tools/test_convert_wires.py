@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.chain import update
 from peraxis_tools.cli import cli
-from peraxis_tools.convert import WIRES, WireName, convert, from_wire, to_wire
+from peraxis_tools.convert import WIRES, WireName, from_wire, to_wire
 from peraxis_tools.errors import ToolError
 from tests.factories import write_checkpoint
 from tests.tools.wire_files import (
@@ -79,12 +81,24 @@ def test_there_and_back_again_is_the_same_update(wire: WireName, tmp_path: Path)
     target = tmp_path / "sent"
     sent = to_wire(files[2], folders[0], target, wire=wire, after=[files[1]])
     assert sent.tensors == 4
-    assert sent.bytes > 0
+    files_of_it = target.glob("[!.]*") if target.is_dir() else [target]
+    assert sent.bytes == sum(path.stat().st_size for path in files_of_it)
     back = from_wire(target, folders[0], tmp_path / "back.pxd", wire=wire, after=[files[1]], name="2")
     with pxd.open(files[2]) as first, pxd.open(tmp_path / "back.pxd") as second:
         assert back.previous == first.manifest.previous
         assert first.manifest.result == second.manifest.result
         assert [m.sha256 for m in first.manifest.modules] == [m.sha256 for m in second.manifest.modules]
+
+
+@pytest.mark.parametrize("wire", ["index-value", "nemo-rl"])
+def test_a_wire_on_a_pipe_has_the_size_of_its_bytes(wire: WireName, tmp_path: Path) -> None:
+    old, new = (
+        write_checkpoint(tmp_path / name, state) for name, state in (("0", start()), ("1", stepped(start(), 1)))
+    )
+    update(old, new, tmp_path / "step.pxd")
+    command = ["convert", str(tmp_path / "step.pxd"), "--to", wire, "--base", str(old), "-o", "/dev/stdout", "--json"]
+    done = subprocess.run([sys.executable, "-m", "peraxis_tools", *command], capture_output=True, check=True)
+    assert json.loads(done.stderr)["bytes"] == len(done.stdout) > 0
 
 
 def test_what_is_written_is_what_the_projects_read(tmp_path: Path) -> None:
@@ -143,8 +157,10 @@ def test_the_command_recognises_a_wire_and_writes_one(wire: WireName, tmp_path: 
     done = CliRunner().invoke(cli, ["convert", step, "--to", wire, "--base", base, "-o", sent, "-q", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["wire"] == wire
-    convert(sent, tmp_path / "again.pxd", to="pxd", base=base, layout=wire)
-    assert (tmp_path / "again.pxd").stat().st_size > 0
+    done = CliRunner().invoke(cli, ["convert", sent, "--base", base, "-o", str(tmp_path / "again.pxd"), "-q"])
+    assert done.exit_code == 0, done.output  # `sent` has no suffix
+    with pxd.open(step) as first, pxd.open(tmp_path / "again.pxd") as again:
+        assert first.manifest.result == again.manifest.result
     done = CliRunner().invoke(cli, ["convert", step, "--to", wire, "-o", str(tmp_path / "x")])
     assert isinstance(done.exception, ToolError)
     assert "pass --base" in str(done.exception)

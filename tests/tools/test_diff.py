@@ -196,7 +196,7 @@ def test_metadata_that_is_json_differs_by_key(tmp_path: Path) -> None:
     key = "metadata['peraxis.config']"
     assert {change.field: (change.a, change.b) for change in found.manifest_changes} == {
         "metadata['note']": ("a", "b"),
-        f"{key}.bits": ("1", "2"),
+        f"{key}.masks": ('"auto"', "2"),  # the option's name; in files it has its former one
         f"{key}.seed": ("0", None),
         f"{key}.plan": ('"' + "x" * 90 + 'a"', '"' + "x" * 90 + '"'),
     }

@@ -43,6 +43,12 @@ def tokens(samples: int = 6, length: int = 9) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(5))
 
 
+def test_equal_models_have_no_worst_token() -> None:
+    same, other = (compare(Bigram(1), Bigram(seed), [tokens()]) for seed in (1, 2))
+    assert (same.kl, same.tail.worst) == (0.0, ())
+    assert [worst.kl > 0 for worst in other.tail.worst] == [True] * len(other.tail.worst) != []
+
+
 def by_hand(reference: Bigram, candidate: Bigram, ids: torch.Tensor) -> tuple[float, float, float]:
     """Return KL, top-1 agreement and the candidate's loss, computed in F64 by a loop over positions."""
     kl, same, loss, count = 0.0, 0, 0.0, 0

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from peraxis_tools import cli
 from peraxis_tools.compress import compress
+from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.process import Terminated
+from peraxis_tools.threads import use_threads
 from tests.tools.compress_pairs import FEW, llama_pair
 
 FIT: dict[str, Any] = dict(FEW)
@@ -88,3 +93,61 @@ def test_an_interrupted_fit_says_what_it_kept_and_the_next_run_that_it_continues
     assert not any("continued" in message for message in caplog.messages)
     compress(base, tuned, output, calibration=str(text), **FIT)
     assert any("is continued after 3 blocks" in message and "--no-resume" in message for message in caplog.messages)
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def interrupted(folder: Path, *, threads: int) -> dict[str, Any]:
+    """The arguments of a fit with this many threads that was interrupted; its work folder is there."""
+    base, tuned, text = llama_pair(folder)
+    given = {"base": base, "fine_tuned": tuned, "output": folder / "delta.pxd", "calibration": str(text), **FIT}
+
+    def interrupt(step: str, done: int, total: int) -> None:
+        if step == "write":
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(threads)
+    with pytest.raises(KeyboardInterrupt):
+        compress(**given, progress=interrupt)
+    return given
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_a_continued_fit_has_the_threads_of_the_interrupted_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another number of threads may change a last bit, and the file would be one that no undisturbed run gives."""
+    given = interrupted(tmp_path, threads=2)
+    seen: set[int] = set()
+    torch.set_num_threads(1)
+    compress(**given, progress=lambda *step: seen.add(torch.get_num_threads()) if step[0] == "write" else None)
+    assert seen == {2}
+    assert torch.get_num_threads() == 1
+    assert "the interrupted run had 2 threads, so this one has as many" in caplog.text
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_a_fit_is_not_continued_with_another_number_of_threads_that_the_user_asked_for(tmp_path: Path) -> None:
+    given = interrupted(tmp_path, threads=2)
+    with use_threads(1), pytest.raises(ToolError, match=r"with 2 threads.*--threads 2, or begin anew with --no-resume"):
+        compress(**given)
+    assert (tmp_path / "delta.pxd.peraxis-work/block-00000.json").exists()
+    with use_threads(2):
+        assert compress(**given).bytes
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_a_folder_without_finished_work_gets_the_threads_of_the_run_that_fills_it(tmp_path: Path) -> None:
+    for threads in (2, 3):
+        work = WorkFolder(tmp_path / "out.pxd", "digest", resume=True, threads=threads)
+        assert work.threads == threads
+    work.save_array("ids", np.arange(3))
+    assert WorkFolder(tmp_path / "out.pxd", "digest", resume=True, threads=4).threads == 3
+    for text in ('{"digest": "digest"}', '{"digest": "digest", "threads": "3"}', '{"threads": -1}', "[]"):
+        (work.path / "inputs.json").write_text(text)
+        assert work.threads is None

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from peraxis_format import __version__
 from peraxis_tools import cli
 from peraxis_tools.errors import ToolError
 from peraxis_tools.interrupts import interrupts_end
@@ -19,16 +21,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_what_is_imported_before_signals_are_handled_is_loaded_already() -> None:
-    program = (
-        "import sys; before = set(sys.modules); import peraxis_tools.interrupts; print(*set(sys.modules) - before)"
-    )
+    program = "import sys; before = set(sys.modules); import peraxis_tools.entry; print(*set(sys.modules) - before)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); {program}"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert set(done.stdout.split()) <= {"__future__", "peraxis_tools", "peraxis_tools.interrupts"}
+    ours = {"peraxis_tools", "peraxis_tools.entry", "peraxis_tools.interrupts"}
+    assert set(done.stdout.split()) <= {"__future__", *ours}
 
 
 def test_the_command_line_handles_signals_before_its_other_imports() -> None:
@@ -107,6 +108,91 @@ def test_an_interrupt_within_a_text_that_is_run_leaves_the_exit_status(tmp_path:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("when", ["cleanup", "report", "both at once"])
+def test_a_second_signal_does_not_end_what_the_first_one_began(
+    first: str, second: str, when: str, tmp_path: Path
+) -> None:
+    """The exit code is that of the first signal, the cleanup is done, and there is no traceback."""
+    if (first, when) == ("SIGINT", "cleanup"):
+        pytest.skip("a second Ctrl-C may end a cleanup that hangs")
+    (tmp_path / "program.py").write_text(
+        "import os, signal, sys\n"
+        f"first, second, when = signal.{first}, signal.{second}, {when!r}\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def end(*numbers):\n"
+        "    for number in numbers: os.kill(os.getpid(), number)\n"
+        "    len([])\n"
+        "import peraxis_tools.cli as cli\n"
+        "def verb():\n"
+        "    try:\n"
+        "        signal.pthread_sigmask(signal.SIG_BLOCK, {first, second})\n"
+        "        end(first, *([second] if when == 'both at once' else []))\n"
+        "        signal.pthread_sigmask(signal.SIG_UNBLOCK, {first, second})\n"
+        "    finally:\n"
+        "        if when == 'cleanup': end(second)\n"
+        "        print('cleaned', flush=True)\n"
+        "cli._run_verb = verb\n"
+        "told = cli._with_notes\n"
+        "def notes(line, error):\n"
+        "    if when == 'report': end(second)\n"
+        "    return told(line, error)\n"
+        "cli._with_notes = notes\n"
+        "from peraxis_tools.entry import main\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    said = {"SIGINT": (130, "error: interrupted\n")}
+    said |= {name: (128 + getattr(signal, name), f"error: ended by {name}\n") for name in ("SIGTERM", "SIGHUP")}
+    # Of two signals at once the system may deliver either first.
+    possible = [said[first], said[second]] if when == "both at once" else [said[first]]
+    assert (done.returncode, done.stderr) in possible, done
+    assert when == "both at once" or done.stdout == "cleaned\n"
+
+
+MOMENTS = {
+    "before the verb": ("import peraxis_tools.cli as c; c.print_notes = lambda *_: end()", 130, "error: interrupted\n"),
+    "before signals are exceptions": ("import peraxis_tools.cli as c; c.hush_hub = end", 130, "error: interrupted\n"),
+    "after the verb": ("import gc; gc.freeze = end", 130, "error: interrupted\n"),
+    "at exit": ("import atexit; atexit.register(end)", 0, ""),
+    "while threads end": ("import threading; threading._register_atexit(end)", 0, ""),
+    "after a failure": ("import atexit, sys; atexit.register(end); sys.argv = ['peraxis-tools', 'nonsense']", 2, None),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupt_before_or_after_the_verb_is_no_traceback(moment: str) -> None:
+    prepare, status, said = MOMENTS[moment]
+    program = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def end(*_): os.kill(os.getpid(), signal.SIGINT); len([])\n"
+        f"sys.argv = ['peraxis-tools', '--version']\n{prepare}\n"
+        "from peraxis_tools.entry import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == status, done.stderr
+    if said is None:
+        assert done.stderr.startswith("error: no command 'nonsense'")
+        assert done.stderr.count("\n") == 1
+    else:
+        assert done.stderr == said
+    assert status != 0 or done.stdout == f"peraxis-tools, version {__version__}\n"
+
+
+def test_the_script_starts_with_the_module_that_handles_signals() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["peraxis-tools"] == "peraxis_tools.entry:main"
 
 
 def test_the_former_handler_is_restored_and_a_program_keeps_its_own() -> None:

@@ -62,7 +62,7 @@ class Finder(importlib.abc.MetaPathFinder):
             os.kill(os.getpid(), signal.{number})
 sys.meta_path.insert(0, Finder())
 sys.argv = ["peraxis-tools", *{arguments!r}]
-from peraxis_tools.cli import main
+from peraxis_tools.entry import main
 main()
 """
 
@@ -95,7 +95,7 @@ def finish(self):
     return old(self)
 pxd.DeltaWriter.finish = finish
 sys.argv = ["peraxis-tools", *{arguments!r}]
-from peraxis_tools.cli import main
+from peraxis_tools.entry import main
 main()
 """
 
@@ -151,7 +151,7 @@ sys.argv = ["peraxis-tools", "split", "a.pxd", *{more!r}]
 from peraxis_tools.report.console import print_note
 print_note("nobody reads this")
 print_note("nor this")
-from peraxis_tools.cli import main
+from peraxis_tools.entry import main
 main()
 """
     done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import peraxis
 import peraxis_format as pxd
 from peraxis_tools.cli import cli
 from peraxis_tools.publish import publish
+from peraxis_tools.shown import times_smaller
 from tests.factories import random_storage, write_checkpoint
 from tests.tools.output_cases import make_inputs
 
@@ -169,3 +171,46 @@ def test_a_plan_counts_one_module_and_says_what_was_asked_for(inputs: Path) -> N
     said = CliRunner().invoke(cli, "compress base tuned -o new.pxd --exact".split()).stderr
     assert "exact (asked for)" in said
     assert "1 modules" not in said
+
+
+def test_one_is_not_written_with_a_plural(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("base", "tuned"):
+        write_checkpoint(tmp_path / name, {"a.weight": (random_storage(rng, (64, 64)), pxd.DType.BF16)})
+    (tmp_path / "tuned" / "tokenizer_config.json").write_text("{}")
+    said = {
+        line: CliRunner().invoke(cli, line.split())
+        for line in (
+            "compress base tuned -o d.pxd --force --fit none",
+            "inspect d.pxd",
+            "verify d.pxd --base base",
+            "apply base d.pxd -o out",
+            "extract d.pxd -o small",
+            "split d.pxd --parts 2 -o parts",
+            "update base tuned -o u.pxd",
+            "diff d.pxd u.pxd --base base",
+        )
+    }
+    texts = {line: f"{done.output}{done.exception or ''}" for line, done in said.items()}
+    assert "1 tensor, " in texts["apply base d.pxd -o out"]
+    assert "has 1 module, too few for 2 parts; it cannot be split" in texts["split d.pxd --parts 2 -o parts"]
+    with pxd.open("d.pxd") as file:
+        texts["repr"] = repr(file)
+    plural = re.compile(r"(?<!of )\b1 (?:modules|tensors|files|parts|masks|updates|samples|tokens|weights)\b")
+    assert {line: found for line, text in texts.items() if (found := plural.findall(text))} == {}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"), [(6.66, "6.7 times smaller"), (1.0, "1.0 times smaller"), (0.001, "1000.0 times larger")]
+)
+def test_a_file_that_is_larger_than_the_checkpoint_is_not_called_smaller(ratio: float, said: str) -> None:
+    assert times_smaller(ratio) == said
+
+
+def test_the_report_of_an_anchor_of_a_small_model_says_that_it_is_larger(tmp_path: Path) -> None:
+    with pxd.DeltaWriter(tmp_path / "a.pxd", base=pxd.Identity(id="b"), fine_tuned=pxd.Identity(id="m")) as writer:
+        writer.add(pxd.lossless_module("a.weight", np.ones((4, 4), np.float32), pxd.DType.F32, shape=(4, 4)))
+        writer.finish()
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "a.pxd")]).output
+    assert re.search(r"for a checkpoint of 64 B: \d+\.\d times larger", shown)

@@ -220,6 +220,9 @@ def test_every_update_after_one_that_cannot_be_read_names_it(five: Path) -> None
     found = [found or "" for found in remedies(five)]
     assert f"(perhaps {second}, which cannot be read): pass that one too" in found[2]
     assert found[3:] == [f"{third}: {found[2]}"] * 2
+    first = five / "chain" / "0.pxd"
+    first.write_bytes(b"")
+    assert f"(perhaps one of {first}, {second}, which cannot be read): pass" in (remedies(five)[3] or "")
 
 
 def test_every_update_after_one_with_a_wrong_result_or_damage_has_the_remedy_of_that_one(five: Path) -> None:

@@ -42,6 +42,18 @@ def test_several_files_a_folder_and_a_glob_have_a_verdict_each(folder: Path) -> 
     assert checks(result) == {"structure": "passed", "payload": "passed", "base": "passed"}
 
 
+def test_a_link_without_a_target_is_a_file_of_its_folder_that_cannot_be_read(folder: Path) -> None:
+    """As git-annex leaves it for a file that was not fetched."""
+    (folder / "sub").mkdir()
+    (folder / "a.pxd").rename(folder / "sub" / "a.pxd")
+    (folder / "sub" / "lost.pxd").symlink_to(folder / "nowhere")
+    result = peraxis.verify(folder / "sub", keep_going=True)
+    assert [(Path(verdict.path).name, verdict.status.value) for verdict in result.files] == [
+        ("a.pxd", "passed"),
+        ("lost.pxd", "error"),
+    ]
+
+
 def test_the_first_failure_is_raised_as_it_is(folder: Path) -> None:
     with pytest.raises(pxd.PxdError, match="E3"):
         peraxis.verify(["b.pxd", damaged(folder), "a.pxd"])

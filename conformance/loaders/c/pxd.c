@@ -243,7 +243,8 @@ static text digest(json *j, const char *algorithm) {
 static int which(json *j, const char *const *words) {
     int i = 0;
     for (text s = string(j); words[i] && !is(s, words[i]);) i++;
-    need(words[i], words == DTYPES && j->code[1] == '1' ? "E119" : j->code);
+    bool foreign = words == DTYPES && j->code[1] == '4'; /* in a base a dtype may be unknown (SPEC 7) */
+    need(words[i] || foreign, words == DTYPES && j->code[1] == '1' ? "E119" : j->code);
     return i;
 }
 
@@ -320,7 +321,7 @@ static record read_record(json *j, text name) { /* SPEC 2.12 to 2.15 */
     need(name.n <= 1024 || j->code[1] == '4', "E118");
     need(!is(name, "__metadata__"), "E115");
     scan(j, "{'dtype':%t,'shape':%l,'data_offsets':[%n,%n]}", &r.dtype, &r.shape, &r.begin, &r.end);
-    if (r.shape.count > 8) return r;
+    if (r.shape.count > 8 || !DTYPES[r.dtype]) return r;
     need(size_of(&r.shape, r.dtype) < LIMIT, "E120");
     need(r.end >= r.begin && bytes_of(&r) == size_of(&r.shape, r.dtype), "E121");
     return r;

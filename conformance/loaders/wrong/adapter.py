@@ -106,6 +106,8 @@ def bind(reader: Reader, base: Tensors) -> Tensors:
     wrong, found, wanted = reader.wrong, {}, {}
     lower = {name.lower(): value for name, value in base.items()}
     short = {name.removeprefix("model."): value for name, value in base.items()}
+    if wrong("base-dtypes-all-known") and any(dtype not in BITS for dtype, _, _ in base.values()):
+        raise Rejected("E403")
     for module in reader.manifest["modules"]:
         name, said = module["name"], module["base"]
         if said is None or (wrong("full-needs-no-base") and module["encoding"] == "full"):

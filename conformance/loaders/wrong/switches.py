@@ -170,6 +170,7 @@ SWITCHES = {
     "result-of-covered": "7.4",
     # Binding.
     "no-match-is-base": "7.1",
+    "base-dtypes-all-known": "7.1",
     "partial-match": "7.1",
     "match-without-case": "7.1",
     "prefix-stripped": "7.1",

@@ -6,9 +6,12 @@ store took the file and did not answer. Such a file is in doubt until the traine
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from peraxis_format.errors import PxdError
 from peraxis_format.manifest import Identity, Manifest
+from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.source import UpdateFile, newer_file, step_of
 from peraxis_format.writer import DeltaWriter
@@ -30,16 +33,18 @@ class Destination:
         self._name = name
         self._last: DeltaWriter | None = None  # the file whose end has begun last
         self._in_doubt = False  # whether that has not ended well
+        self._own: dict[str, str] = {}  # the content ID of each file that this process wrote into the folder, by name
 
     def shown(self, path: Path) -> Path | str:
         """The place of a published file: a path, or its URL."""
         return path if self._mirror is None else f"{self._mirror.url}/{path.name}"
 
     def writer(self, path: Path, *, previous: str | None) -> DeltaWriter:
-        """Begin a file. Raises FileExistsError if the folder has a newer one, OSError."""
+        """Begin a file. Raises FileExistsError if the folder has a newer one or a replaced one, OSError."""
         newer = newer_file(path)
         if newer is not None:
             raise FileExistsError(f"{self.shown(newer)}: is newer than {path.name}; {_OTHER}")
+        self._refuse_replaced()
         identity = Identity(id=self._name)
         return DeltaWriter(path, base=identity, fine_tuned=identity, previous=previous, chained=True, overwrite=False)
 
@@ -60,7 +65,24 @@ class Destination:
             if self._mirror is not None:
                 writer.path.unlink(missing_ok=True)
         self._in_doubt = False
+        if self._mirror is None:
+            self._own[writer.path.name] = manifest.content_id
         return manifest
+
+    def _refuse_replaced(self) -> None:
+        """Raise FileExistsError if another file has the name of the newest one of this process that is still there.
+
+        Then another chain has taken the place of this one, and no update of this one could be used there. Mirror.send
+        checks the same at a URL.
+        """
+        there = [path.name for path in self.folder.iterdir() if path.name in self._own]
+        for name in sorted(there, key=lambda name: step_of(name) or (0, False))[-1:]:
+            with contextlib.suppress(PxdError, FileNotFoundError), DeltaFile(self.folder / name) as file:
+                if file.content_id != self._own[name]:
+                    raise FileExistsError(
+                        f"{self.folder / name}: was replaced by another process that publishes there; stop one of "
+                        "them, and publish to a new folder"
+                    )
 
     def has(self, name: str) -> bool:
         """Whether there is a file with this name. Raises OSError."""
@@ -91,6 +113,7 @@ class Destination:
         for name in old:
             if self._mirror is None:
                 (self.folder / name).unlink(missing_ok=True)
+                self._own.pop(name, None)
             else:
                 self._mirror.remove(name)
         return [self.shown(self.folder / name) for name in old]

@@ -23,6 +23,8 @@ def plan_pair(base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions
         options=options,
         tied=tied_pairs(fine_tuned.tensors),
     )
+    foreign = [name for name in base.tensors.foreign if name not in fine_tuned.tensors]
+    planned = replace(planned, dropped=tuple(sorted((*planned.dropped, *foreign))))
     assets = tuple((path, len(data)) for path, data in fine_tuned.assets())
     return with_casts(replace(planned, assets=assets), base.tensors, fine_tuned.tensors)
 

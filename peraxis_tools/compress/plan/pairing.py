@@ -56,7 +56,9 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
     Tensors may be added and dropped: the former are stored, the latter are listed in the manifest.
     """
     base_infos, tuned_infos = _infos(base), _infos(fine_tuned)
-    _check_tensors(fine_tuned, base_infos, base.tensors.label)
+    fine_tuned.tensors.check_dtypes()
+    _check_tensors(fine_tuned, base)
+    base.tensors.check_dtypes(tuned_infos)  # SPEC 7: others of the base are ignored
     pair = f"{base.tensors.label} and {fine_tuned.tensors.label}"
     shared = [name for name in tuned_infos if name in base_infos]
     reason = quantised_side(base, fine_tuned)
@@ -75,7 +77,7 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
         raise ToolError(f"{pair} are no pair: {listed(differing, _SHOWN)}; {remedy}")
     if reason is not None:
         note(reason)
-    dropped = sorted(name for name in base_infos if name not in tuned_infos)
+    dropped = sorted(name for name in (*base_infos, *base.tensors.foreign) if name not in tuned_infos)
     if dropped:
         note(f"{fine_tuned.tensors.label}: lacks {len(dropped)} of the base's tensors: {listed(dropped, _SHOWN)}")
 
@@ -92,15 +94,16 @@ def quantised_side(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
     return None
 
 
-def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo], base_label: str) -> None:
-    """Raise ToolError for a tensor that a .pxd cannot store, or bind (SPEC 2.14, 3.5)."""
+def _check_tensors(fine_tuned: Checkpoint, base: Checkpoint) -> None:
+    """Raise ToolError for a tensor that a .pxd cannot store, bind or name (SPEC 2.14, 3.5)."""
+    base_infos, base_label = _infos(base), base.tensors.label
     label, infos = fine_tuned.tensors.label, fine_tuned.tensors.infos()
     if not infos:
         raise ToolError(f"{label}: holds no tensors; fetch the checkpoint again")
     lora = unmerged_adapter(info.name for info in infos)
     if lora is not None:
         raise ToolError(f"{label}: {lora} is of an adapter that is not merged; call merge_and_unload and save it again")
-    for side, names in ((label, [info.name for info in infos]), (base_label, list(base))):
+    for side, names in ((label, [info.name for info in infos]), (base_label, [*base_infos, *base.tensors.foreign])):
         odd = next((name for name in names if not NAME.fullmatch(name)), None)
         if odd is not None:
             raise ToolError(
@@ -108,8 +111,8 @@ def _check_tensors(fine_tuned: Checkpoint, base: Mapping[str, TensorInfo], base_
             )
     for info in infos:
         shapes = [(label, info.shape)]
-        if info.name in base:
-            shapes.append((base_label, base[info.name].shape))
+        if info.name in base_infos:
+            shapes.append((base_label, base_infos[info.name].shape))
         for side, shape in shapes:
             where = f"{side}: tensor {info.name!r}"
             if 0 in shape:

@@ -27,6 +27,7 @@ from peraxis_tools.compress.plan.budget import is_open
 from peraxis_tools.compress.plan.estimate import SENSITIVITY_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
+from peraxis_tools.compress.run.continuing import continued
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.inputs import (
     GENERATED_TOGETHER,
@@ -42,7 +43,6 @@ from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import resolve_dtype
 from peraxis_tools.errors import ToolError
 from peraxis_tools.heap import trim_heap
-from peraxis_tools.notes import note
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.process import Terminated
 from peraxis_tools.products import fast_products
@@ -110,9 +110,12 @@ class CalibratedFit:
     def _run(self, plan: Plan) -> _Run:
         if self._opened is None:
             self._given = self._given or text_inputs(self._fine_tuned, self._options)
-            self._opened = _open_run(
+            opened = _open_run(
                 self._base, self._fine_tuned, plan, self._output, self._given, self._options, self._progress
             )
+            self._quiet.enter_context(continued(opened.work, notes=opened.processes.is_main_process))
+            count = generated_count(plan, self._options, opened.dtype)
+            self._opened = _with_generated(opened, count, self._options, self._progress) if count else opened
         return self._opened
 
     def _kept(self) -> str | None:
@@ -179,16 +182,15 @@ def _open_run(
     options: CompressOptions,
     progress: Staged,
 ) -> _Run:
-    """Open name map and work folder, and generate samples."""
+    """Open name map and work folder."""
     device, config, text = given.device, given.config, given.samples
     processes = Processes(device)
     dtype = resolve_dtype(options.compute_dtype, device, config)
     share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
-    work = WorkFolder(output, digest, resume=options.resume, is_main_process=processes.is_main_process)
-    if processes.is_main_process and (finished := work.finished()) is not None:
-        note(f"{work.path}: an interrupted run is continued after {finished}; resume=False (--no-resume) begins anew")
+    is_main, threads = processes.is_main_process, torch.get_num_threads()
+    work = WorkFolder(output, digest, resume=options.resume, threads=threads, is_main_process=is_main)
     processes.barrier()
     run = _Run(
         base=base,
@@ -205,8 +207,7 @@ def _open_run(
         dtype=dtype,
     )
     progress("open", OPEN_STEPS, OPEN_STEPS)
-    count = generated_count(plan, options, dtype)
-    return _with_generated(run, count, options, progress) if count else run
+    return run
 
 
 def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Staged) -> _Run:

@@ -1,7 +1,8 @@
 """The work folder: the finished parts of a run on disk, so that a killed run can resume and ends in the same bytes.
 
 OUT.peraxis-work/
-  inputs.json        the digest that binds the folder to checkpoints, text and options; another run starts anew
+  inputs.json        the digest that binds the folder to checkpoints, text and options: another run starts anew; and
+                     the number of threads, on which last bits depend
   PART.json, PART.bin   the modules of one part (embedding, a block, the head): index and arrays
   distilling.npz     distillation after its last whole epoch; distill-best: the best state so far
 
@@ -43,23 +44,34 @@ _TYPES = {"mask": np.uint8, "row": np.float16, "col": np.float16, "scalar": np.f
 class WorkFolder:
     """The finished parts of one run, which `digest` identifies."""
 
-    def __init__(self, output: Path, digest: str, *, resume: bool, is_main_process: bool = True) -> None:
-        """is_main_process: whether this process makes the folder; the others must wait for it before they read."""
+    def __init__(
+        self, output: Path, digest: str, *, resume: bool, threads: int | None = None, is_main_process: bool = True
+    ) -> None:
+        """threads: those of this run, recorded if it begins anew.
+
+        is_main_process: whether this process makes the folder; the others must wait for it before they read.
+        """
         self.path = output.with_name(output.name + ".peraxis-work")
         self._run = digest
         if not is_main_process:
             return
-        if self.path.exists() and not (resume and self._digest() == digest):
+        if self.path.exists() and not (resume and self._recorded("digest") == digest):
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
-        if self._digest() is None:
+        if {path.name for path in self.path.iterdir()} <= {_INPUTS}:
             with atomic_file(self.path / _INPUTS) as file:
-                file.write(json.dumps({"digest": digest}).encode())
+                file.write(json.dumps({"digest": digest, "threads": threads}).encode())
 
-    def _digest(self) -> str | None:
+    @property
+    def threads(self) -> int | None:
+        """The number of threads of the run that began the folder; None if it is not recorded."""
+        found = self._recorded("threads")
+        return found if type(found) is int and found > 0 else None
+
+    def _recorded(self, key: str) -> object:
         try:
-            return str(json.loads((self.path / _INPUTS).read_bytes())["digest"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return json.loads((self.path / _INPUTS).read_bytes())[key]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def finished(self) -> str | None:

@@ -37,6 +37,7 @@ class IndexValueFile:
         """Raises CheckpointError, ToolError."""
         self._path = path
         self._tensors = pxd.Safetensors.open(path)
+        self._tensors.check_dtypes()
         names = {name.removesuffix(_INDICES).removesuffix(_VALUES) for name in self._tensors}
         for name in sorted(names):
             for suffix in (_INDICES, _VALUES):
@@ -101,14 +102,16 @@ def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
     return Packed(name=name, dtype=dtype, indices=index.astype(pxd.DType.I32.storage), values=values)
 
 
-def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> None:
-    """Write the file."""
+def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> int:
+    """Write the file. Returns its size in bytes."""
     specs = []
     for item in packed:
         specs.append((TensorSpec(item.name + _INDICES, pxd.DType.I32, item.indices.shape), item.indices))
         specs.append((TensorSpec(item.name + _VALUES, item.dtype, item.values.shape), item.values))
     specs.sort(key=lambda pair: -pair[0].dtype.itemsize)  # so that each tensor is aligned, as in safetensors
+    header = shard_header(spec for spec, _ in specs)
     with pxd.atomic_file(path, overwrite=overwrite) as file:
-        file.write(shard_header(spec for spec, _ in specs))
+        file.write(header)
         for spec, array in specs:
             write_tensor(file, spec, array)
+    return len(header) + sum(array.nbytes for _, array in specs)

@@ -186,8 +186,8 @@ def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
     return Packed(name=name, dtype=dtype, shape=new.shape, index=index, words=words)
 
 
-def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> None:
-    """Write the payload. Raises MissingPackageError."""
+def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> int:
+    """Write the payload. Returns its size in bytes. Raises MissingPackageError."""
     require("a payload of nemo-rl", "torch")
     import torch
 
@@ -215,6 +215,7 @@ def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> None:
     data = zstd.compress(buffer.getvalue())
     with pxd.atomic_file(path, overwrite=overwrite) as file:
         file.write(data)
+    return len(data)
 
 
 def _entry(item: Packed, at: int) -> tuple[dict[str, Any], bytes]:

@@ -41,9 +41,10 @@ def recognised(source: Path) -> WireName | None:
     with contextlib.suppress(OSError), open(source, "rb") as file:
         if file.read(len(zstd.MAGIC)) == zstd.MAGIC:
             return "nemo-rl"
-    if source.suffix == ".safetensors":
-        with pxd.Safetensors.open(source) as tensors:
-            return "index-value" if is_index_value(tensors) else None
+    # An output without the suffix is one too; a damaged file with the suffix is an error that says so.
+    passed_over = () if source.suffix == ".safetensors" else (pxd.CheckpointError, OSError)
+    with contextlib.suppress(*passed_over), pxd.Safetensors.open(source) as tensors:
+        return "index-value" if is_index_value(tensors) else None
     return None
 
 

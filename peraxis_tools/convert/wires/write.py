@@ -83,8 +83,7 @@ def to_wire(
         if wire == "xor":
             manifest = file.manifest
             options = {"version": manifest.result or file.content_id, "base_version": manifest.base.digest}
-        _WRITE[wire].write(output, packed, overwrite=overwrite, **options)
-        files = [path for path in output.iterdir() if path.is_file()] if output.is_dir() else [output]
+        size: int = _WRITE[wire].write(output, packed, overwrite=overwrite, **options)
         return ToWireResult(
             path=output,
             wire=wire,
@@ -92,7 +91,7 @@ def to_wire(
             tensors=len(packed),
             changed=changed,
             weights=sum(info.size // info.dtype.itemsize for info in state.infos()),
-            bytes=sum(path.stat().st_size for path in files),
+            bytes=size,
         )
 
 

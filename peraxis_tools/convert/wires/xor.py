@@ -58,6 +58,7 @@ class XorFolder:
             if metadata.get(key) != value:
                 raise ToolError(f"{path}: {key} is {metadata.get(key)!r}; only {value!r} is read")
         self._tensors = pxd.Safetensors.open(path)
+        self._tensors.check_dtypes()
         self._checksums: dict[str, str] = {}
         self._has_checksums = metadata.get("checksum_format") == _ADLER32
         if not self._has_checksums:
@@ -132,8 +133,8 @@ def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
     return Packed(name=name, data=zstd.compress(pxd.raw_bytes(xored)), checksum=checksum)
 
 
-def write(path: Path, packed: Sequence[Packed], *, overwrite: bool, version: str, base_version: str) -> None:
-    """Write the folder. version, base_version: the names of the states after and before."""
+def write(path: Path, packed: Sequence[Packed], *, overwrite: bool, version: str, base_version: str) -> int:
+    """Write the folder, and return its bytes. version, base_version: the names of the states after and before."""
     header: dict[str, Any] = {"__metadata__": {item.name: item.checksum for item in packed}}
     end = 0
     for item in packed:
@@ -149,9 +150,11 @@ def write(path: Path, packed: Sequence[Packed], *, overwrite: bool, version: str
         "checksum_format": _ADLER32,
     }
     index = {"metadata": metadata, "weight_map": {item.name: _SHARD for item in packed}}
+    listed = (json.dumps(index, indent=2) + "\n").encode()
     with atomic_folder(path, overwrite=overwrite) as folder:
         with open(folder / _SHARD, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for item in packed:
                 file.write(item.data)
-        (folder / pxd.INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / pxd.INDEX_NAME).write_bytes(listed)
+    return 8 + len(text) + end + len(listed)
