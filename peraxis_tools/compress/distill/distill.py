@@ -5,7 +5,8 @@
 
 Scales are trained as s = s_0 (1 + theta) in float32. A step is relative, so one learning rate suits deltas of any size,
 rows and columns alike. With `signs`, the signs are trained too: each weight has a latent z that starts at the result of
-the fit; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales.
+the fit; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales. Latents and
+their moments take four bytes a sign (latents.py).
 
 The optimizer is AdamW without weight decay, with linear warm-up and a cosine to zero. Signs are frozen after 70% of the
 steps: while they oscillate about zero (arXiv 2203.11086), the scales are fitted to one of many states; after that, to
@@ -161,12 +162,14 @@ class _Trained:
 
     def groups(self, options: DistillOptions) -> list[Group]:
         """The parameters by learning rate: scales, latents of signs, full tensors."""
-        named = [pair for components in self.components.values() for pair in components.named_parameters()]
-        latents = [p for name, p in named if name.endswith("latent")]
-        scales = [p for name, p in named if not name.endswith("latent")]
+        each = [component for components in self.components.values() for component in components]
         return [
-            Group(parameters=scales, lr=options.lr),
-            Group(parameters=latents, lr=options.sign_lr, share=_SIGNS_REST),
+            Group(parameters=[p for component in each for p in component.parameters()], lr=options.lr),
+            Group(
+                latents=[component.latents for component in each if component.latents is not None],  # type: ignore[misc]
+                lr=options.sign_lr,
+                share=_SIGNS_REST,
+            ),
             Group(parameters=[tensor.theta for tensor, _ in self.full.values()], lr=options.full_lr),
         ]
 
