@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["counted", "listed", "printable_name", "visible"]
+__all__ = ["counted", "listed", "printable_name", "size", "visible"]
 
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode's categories
 
@@ -25,6 +25,15 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 module`, `2 modules`. noun: one whose plural ends in s."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def size(count: float) -> str:
+    """Format bytes: three digits, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
 
 
 def printable_name(path: str) -> str:

@@ -49,7 +49,8 @@ def render_dry_run(result: RunEstimate, console: Console) -> None:
         f"{result.signed} of {result.module_count} modules with signs"
     )
     seconds = "" if result.seconds is None else f", {result.seconds:.0f} processor seconds"
-    console.print(f"takes     {size(result.memory)} of memory{seconds}; fit {result.fit}")
+    free = "" if result.memory_available is None else f" ({size(result.memory_available)} are free)"
+    console.print(f"takes     {size(result.memory)} of memory{free}{seconds}; fit {result.fit}")
     width = max((len(stage.name) for stage in result.stages), default=0)
     for stage in result.stages:
         seconds = "" if stage.seconds is None else f", {stage.seconds:.0f} s"
