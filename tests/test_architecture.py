@@ -116,6 +116,7 @@ COMPRESS = (
         "fit",
         "distill",
         "run.inputs",
+        "run.memory",
         "run.streamed",
     ),
     *("run.calibrated", "run"),

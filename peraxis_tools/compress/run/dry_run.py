@@ -26,6 +26,7 @@ from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.memory import held_bytes, machine_memory
 from peraxis_tools.errors import ToolError
+from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.optional import require
 from peraxis_tools.text import Source
 from peraxis_tools.vocabulary import check_ids
@@ -52,7 +53,8 @@ class RunEstimate:
     """The result of a dry run. bytes, full_bytes: those of the file and of the fine-tuned tensors. memory: bytes at the
     peak, imports included. memory_available: those of this process and those that are free; None where the system does
     not say. upper_bound: the file can be smaller, as bytes of exact tensors follow from what changed.
-    seconds: processor seconds; None for another device than the CPU, and without a text.
+    encodings: modules by encoding, as planned; exact ones count as full. seconds: processor seconds; None for another
+    device than the CPU, and without a text.
     """
 
     bytes: int
@@ -60,7 +62,7 @@ class RunEstimate:
     ratio: float
     fit: str
     module_count: int
-    signed: int
+    encodings: dict[str, int]
     memory: int
     memory_available: int | None
     seconds: float | None
@@ -108,7 +110,7 @@ def estimate_run(
         ratio=round(planned.full_bytes / size, 4),
         fit=options.resolved_fit,
         module_count=len(planned.modules),
-        signed=sum(1 for module in planned.modules if module.components),
+        encodings=count_encodings(module.encoding for module in planned.modules),
         memory=held + max(stage.memory for stage in stages),
         memory_available=None if machine is None else held + machine.available,
         seconds=None if seconds is None else sum(stage.seconds or 0.0 for stage in stages),
