@@ -123,7 +123,11 @@ class _Compress(click.Command):
     help="The dtype of forward passes.  [default: auto: float32 on a CPU, else that of the model]",
 )
 @click.option("--hidden-limit", type=SIZE, help="Hidden states above this size go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=SIZE, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
+@click.option(
+    "--logits-limit",
+    type=SIZE,
+    help="Teacher states, which give its logits, above this size are recomputed.  [default: 4GiB]",
+)
 @click.option(
     "--resume/--no-resume",
     default=None,

@@ -7,8 +7,8 @@ outside the layers, N tokens of text in samples of n, and d the width of the hid
     sensitivity  c P, packed masks; activations, logits and the largest gradient of one sample
     table        c O, and 4 float32 copies of the table with its masks
     blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
-    distill      the teacher, then the base in the file's dtype, packed signs (and 4 bytes a trained sign), activations
-                 and some logits of one sample, copies of the largest matrix
+    distill      the teacher, then its head, the base in the file's dtype, packed signs (and 4 bytes a trained sign),
+                 activations and some logits of one sample, copies of the largest matrix
     write        4 copies of the largest tensor (run.py)
 
 A probe (run/probe.py) turns the work into seconds: tokens that pass a layer, steps of generation, matrices that are
@@ -248,14 +248,15 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
     masked = sum(_values(module) * module.components for module in signed)
     base = sum(_values(module) * module.dtype.itemsize for module in signed)
     rest = _weights(plan) - sum(map(_values, signed))
-    logits = _FLOAT * text.length * _vocabulary(plan)
+    head = _vocabulary(plan) * _width(plan)
+    states = text.value_bytes * text.length * _width(plan)
     trained = _TRAINED_SIGN * masked * (options.distill_sign_lr > 0) + _TRAINED * rest * (options.distill_full_lr > 0)
     student = (
         base
         + text.value_bytes * (rest + _activations(plan, text.length))
         + masked // 8
         + trained
-        + 2 * logits
+        + text.value_bytes * head
         + _some_logits(plan, text)
         + 3 * _FLOAT * max(map(_values, signed), default=0)
     )
@@ -263,17 +264,19 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
     held_out = options.held_out * (text.distilled + text.generated - text.calibrating)
     validated = held_out * (options.distill_epochs + 1)
     learned = (every - held_out) * options.distill_epochs
-    # The share of samples whose logits the teacher computes anew each time; then it stays beside the student.
-    anew = max(0.0, 1 - options.logits_limit / max(1, logits * every))
+    # The share of samples whose states the teacher computes anew each time; then it stays beside the student.
+    anew = max(0.0, 1 - options.logits_limit / max(1, states * every))
     if anew > 0:
-        student += text.value_bytes * _weights(plan)
+        student += text.value_bytes * (_weights(plan) - head)
     # A step's two passes, which keep and use a graph, take as long as four without one; the teacher's own is one.
-    tokens = (4.0 * learned + validated + every + anew * (learned + validated)) * text.length
+    own = 4.0 * learned + validated
+    passes = own + every + anew * (learned + validated)
+    heads = own + learned + validated
     return StageWork(
         name="distill",
-        memory=max(text.value_bytes * _weights(plan) + logits, student),
-        passes=len(_layers(plan)) * tokens,
-        products=2.0 * _outside(plan) * tokens + _BUILDING * masked * learned,
+        memory=max(text.value_bytes * _weights(plan), student),
+        passes=len(_layers(plan)) * passes * text.length,
+        products=2.0 * head * heads * text.length + _BUILDING * masked * learned,
     )
 
 
