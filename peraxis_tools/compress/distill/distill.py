@@ -99,8 +99,8 @@ def distill(
 ) -> DistillResult:
     """Train all scales of `modules` together; continue from the state in `work`. samples, validation: ids [n, length].
 
-    The teacher's layers are freed if its states of all samples are within the limit. After each epoch the training state
-    is saved to `work`.
+    The teacher's layers are freed if its states of all samples are within the limit. After each epoch the training
+    state is saved to `work`.
     """
     splits = {"fit": samples, "held-out": validation if len(validation) else samples}
     trim_heap()  # of the fit
