@@ -86,6 +86,16 @@ def test_steps_do_not_depend_on_the_size_of_the_gradient() -> None:
     assert torch.equal(one.values(), small.values())
 
 
+def test_opposite_gradients_move_opposite_latents_oppositely() -> None:
+    latents, _ = made()
+    state = latents.arrays()
+    opposite, _ = made()
+    opposite.restore({**state, "value": -state["value"], "mask": ~state["mask"]})
+    stepped(latents, gradients(10))
+    stepped(opposite, -gradients(10))
+    assert torch.equal(opposite.values(), -latents.values())
+
+
 def test_a_small_drift_moves_a_latent_as_far_near_zero_as_far_from_it() -> None:
     latents, _ = made(shape=(1, 8, 8))
     state = latents.arrays()
