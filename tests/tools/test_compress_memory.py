@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 
 import pytest
 
-from peraxis_tools.compress import CompressOptions
+from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.plan.estimate import StageWork
 from peraxis_tools.compress.run.memory import MachineMemory, check_memory, held_bytes, machine_memory
 from peraxis_tools.errors import ToolError
+from tests.tools.compress_pairs import llama_pair
 
 GB = 10**9
 OPTIONS = CompressOptions(calibration="c4", distill_samples=4, distill_sign_lr=0.05)
@@ -46,6 +48,20 @@ def test_a_run_that_cannot_fit_is_refused_with_what_lowers_it() -> None:
     scales = CompressOptions(calibration="c4", distill_samples=4)
     with pytest.raises(ToolError, match=r"this machine has 5.8 GB; --distill-samples 0"):
         check(5.0, 5.8, scales)
+
+
+def test_a_run_is_refused_before_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned, text = llama_pair(tmp_path)
+    run = importlib.import_module("peraxis_tools.compress.run.calibrated")
+    monkeypatch.setattr(run, "machine_memory", lambda: MachineMemory(available=1 << 20, total=1 << 20))
+    stages: set[str] = set()
+    with pytest.raises(ToolError, match=r"memory: the stage .* needs about .*, and this machine has 1.05 MB; "):
+        compress(
+            base, tuned, tmp_path / "d.pxd", calibration=str(text), calibration_samples=4, sequence_length=16,
+            force=True, progress=lambda stage, *_: stages.add(stage),
+        )  # fmt: skip
+    assert stages <= {"check", "open"}
+    assert not (tmp_path / "d.pxd").exists()
 
 
 def test_nothing_is_said_where_the_system_says_nothing(tmp_path: Path) -> None:
