@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["counted", "listed", "printable_name", "times_smaller", "visible"]
+__all__ = ["counted", "listed", "printable_name", "size", "times_smaller", "visible"]
 
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode's categories
 
@@ -30,6 +30,15 @@ def counted(number: int, noun: str) -> str:
 def times_smaller(ratio: float) -> str:
     """`6.7 times smaller`, or `1.2 times larger`. ratio: the checkpoint's size over that of the file."""
     return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times larger"
+
+
+def size(count: float) -> str:
+    """Format bytes: three digits, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
 
 
 def printable_name(path: str) -> str:

@@ -117,6 +117,7 @@ COMPRESS = (
         "distill",
         "run.inputs",
         "run.continuing",
+        "run.memory",
         "run.streamed",
     ),
     *("run.calibrated", "run"),

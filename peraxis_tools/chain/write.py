@@ -24,6 +24,7 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
+from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, Steps, watched
@@ -257,7 +258,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         full_bytes=sum(job.new[name].size for name in names),
         weights=sum(math.prod(module.shape) for module in manifest.modules),
         changed=changed,
-        encodings=dict(sorted(Counter(module.encoding.value for module in manifest.modules).items())),
+        encodings=count_encodings(module.encoding for module in manifest.modules),
         blocks=dict(blocks),
         prefer=job.prefer,
     )

@@ -108,7 +108,9 @@ class _Compress(click.Command):
 @click.option("--distill-epochs", type=int, help="Epochs of the distillation.  [default: 5]")
 @click.option("--distill-batch-size", type=int, help="Samples in one step of it.  [default: 2]")
 @click.option("--distill-lr", type=float, help="The learning rate of scales, relative to their size.  [default: 0.01]")
-@click.option("--distill-sign-lr", type=float, help="That of signs; needs 12 bytes per weight.  [default: 0, fixed]")
+@click.option(
+    "--distill-sign-lr", type=float, help="That of signs; takes 4 bytes of memory a sign.  [default: 0, fixed]"
+)
 @click.option(
     "--distill-full-lr", type=float, help="That of tensors stored full, relative to them.  [default: 0, exact]"
 )
@@ -121,7 +123,11 @@ class _Compress(click.Command):
     help="The dtype of forward passes.  [default: auto: float32 on a CPU, else that of the model]",
 )
 @click.option("--hidden-limit", type=SIZE, help="Hidden states above this size go to disk.  [default: 4GiB]")
-@click.option("--logits-limit", type=SIZE, help="Teacher logits above this size are recomputed.  [default: 4GiB]")
+@click.option(
+    "--logits-limit",
+    type=SIZE,
+    help="Teacher states, which give its logits, above this size are recomputed.  [default: 4GiB]",
+)
 @click.option(
     "--resume/--no-resume",
     default=None,
@@ -160,7 +166,7 @@ def command(
 
     The recipes are: quick (signs of the delta and mean magnitudes, no text), fit (signs and scales fitted on the text),
     distilled (then all scales end to end, with the whole model in memory), best (also signs and full tensors end to
-    end, with 12 bytes per weight). Options on the command line override --config, and --config overrides --recipe. The
+    end, with 4 bytes more a sign). Options on the command line override --config, and --config overrides --recipe. The
     options of a run are recorded in its .pxd; --config delta.pxd repeats them. A file of text is recorded without its
     folder: repeat the run in that folder, or pass --calibration too.
 

@@ -89,7 +89,7 @@ class CompressOptions:
     distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
     distill_lr     the learning rate of the scales, relative to their size; distill_sign_lr: that of the signs (0 keeps
                    them); distill_full_lr: that of tensors stored full, relative to their size (0 keeps them exact)
-    hidden_limit   hidden states above this size go to disk; logits_limit: teacher logits above this are recomputed
+    hidden_limit   hidden states above this size go to disk; logits_limit: teacher states above this are recomputed
     resume         continue a killed run of the same inputs and options
     """
 

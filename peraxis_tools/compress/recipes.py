@@ -18,7 +18,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "held_out": 0.1,
         "distill_epochs": 8,
         "distill_batch_size": 4,
-        "distill_sign_lr": 0.05,
+        "distill_sign_lr": 0.035,
         "distill_full_lr": 0.003,
     },
 }

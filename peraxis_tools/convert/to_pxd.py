@@ -20,6 +20,7 @@ from peraxis_tools.checkpoint import Checkpoint, is_delta, open_checkpoint
 from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta
 from peraxis_tools.errors import ToolError
 from peraxis_tools.kinds import execution_key
+from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.whole_tensors import note_whole
@@ -34,17 +35,16 @@ __all__ = ["ToPxdResult", "to_pxd"]
 class ToPxdResult:
     """The result of `to_pxd`.
 
-    scale_error: the largest relative difference of a written scale to the source's. merges: whether applying it gives
-    the weights of the project's own merge bit for bit. cast: parameters that changed dtype.
+    encodings: modules by encoding. scale_error: the largest relative difference of a written scale to the source's.
+    merges: whether applying it gives the weights of the project's own merge bit for bit. cast: parameters that changed
+    dtype.
     """
 
     path: Path
     content_id: str
     layout: str
     bytes: int
-    sign: int
-    full: int
-    same: int
+    encodings: dict[str, int]
     scale_error: float
     merges: bool
     cast: tuple[str, ...]
@@ -95,15 +95,12 @@ def to_pxd(
             _write(writer, found, checkpoint, counts, step)
             manifest = writer.finish()
     note_whole(output, manifest, size=writer.size, reason=f"{source} has them whole")
-    kinds = [module.encoding for module in manifest.modules]
     return ToPxdResult(
         path=output,
         content_id=manifest.content_id,
         layout=found.layout,
         bytes=writer.size,
-        sign=kinds.count(pxd.Encoding.SIGN),
-        full=kinds.count(pxd.Encoding.FULL),
-        same=kinds.count(pxd.Encoding.SAME),
+        encodings=count_encodings(module.encoding for module in manifest.modules),
         scale_error=counts.scale_error,
         merges=counts.merges,
         cast=counts.cast,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["plan_lines", "render_compress", "render_dry_run"]
 
 _NOTES_SHOWN = 8
+_SHOWN: Final = (Encoding.SIGN, Encoding.SAME, Encoding.FULL, Encoding.EXACT)
 
 
 def plan_lines(plan: Plan) -> None:
@@ -46,10 +47,11 @@ def render_dry_run(result: RunEstimate, console: Console) -> None:
     bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {times_smaller(result.ratio)}")
     console.print(
         f"would be  {bound}{size(result.bytes)} of {size(result.full_bytes)}{ratio}: "
-        f"{result.signed} of {result.module_count} modules with signs"
+        f"{result.encodings.get('sign', 0)} of {result.module_count} modules with signs"
     )
     seconds = "" if result.seconds is None else f", {result.seconds:.0f} processor seconds"
-    console.print(f"takes     {size(result.memory)} of memory{seconds}; fit {result.fit}")
+    free = "" if result.memory_available is None else f" ({size(result.memory_available)} are free)"
+    console.print(f"takes     {size(result.memory)} of memory{free}{seconds}; fit {result.fit}")
     width = max((len(stage.name) for stage in result.stages), default=0)
     for stage in result.stages:
         seconds = "" if stage.seconds is None else f", {stage.seconds:.0f} s"
@@ -64,13 +66,13 @@ def render_compress(result: CompressResult, console: Console) -> None:
     )
     console.print(f"content  {text(result.content_id)}")
     axes = ", ".join(f"{axis} {count}" for axis, count in result.axis_counts.items()) or "none"
+    signed, same, full, updates = (result.encodings.get(encoding.value, 0) for encoding in _SHOWN)
+    as_updates = f", {updates} of them as updates" if updates else ""
     console.print(
-        f"modules  {result.signed} with signs, {result.unchanged} as in the base, "
-        f"{result.exact} exact"
-        f"{f', {result.exact_updates} of them as updates' if result.exact_updates else ''}; masks: {axes}"
+        f"modules  {signed} with signs, {same} as in the base, {full + updates} exact{as_updates}; masks: {axes}"
     )
-    if result.exact_blocks:
-        console.print(f"blocks   {blocks_text(result.exact_blocks, result.prefer)}")
+    if result.blocks:
+        console.print(f"blocks   {blocks_text(result.blocks, result.prefer)}")
     if result.calibration_samples:
         samples = counted(result.calibration_samples, "sample")
         console.print(f"fit      {result.fit}, on {samples}, {result.calibration_tokens} tokens")

@@ -24,7 +24,7 @@ from rich.markup import escape
 
 from peraxis_tools.consoles import shows_progress, standard_error, standard_output
 from peraxis_tools.optional import require
-from peraxis_tools.shown import visible
+from peraxis_tools.shown import size, visible
 from peraxis_tools.standard_streams import report_stream
 from peraxis_tools.urls import without_secrets
 
@@ -50,15 +50,6 @@ R = TypeVar("R")
 def text(value: object) -> str:
     """A string from a file, safe for a terminal: without control, format or bidirectional characters and markup."""
     return escape(visible(value))
-
-
-def size(count: float) -> str:
-    """Format bytes: three digits, decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
 
 
 def to_json(value: Any) -> Any:

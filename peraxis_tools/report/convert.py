@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peraxis_tools.convert import LoraResult, ToPxdResult, ToWireResult
+from peraxis_tools.module_counts import encodings_text
 from peraxis_tools.report.console import size, text
 from peraxis_tools.shown import counted
 
@@ -18,7 +19,7 @@ def render_to_pxd(result: ToPxdResult, console: Console) -> None:
     """Print the path, the modules, and the rounding errors."""
     console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, from {result.layout}")
     console.print(f"content    {text(result.content_id)}")
-    console.print(f"modules    {result.sign} sign, {result.full} full, {result.same} same as the base")
+    console.print(f"modules    {encodings_text(result.encodings)}")
     rounded = f"rounded once, relative error at most {result.scale_error:.2g}"
     console.print(f"scales     {'converted exactly' if result.scale_error == 0.0 else rounded}")
     if result.merges:

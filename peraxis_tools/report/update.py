@@ -10,6 +10,7 @@ from rich.table import Table
 from peraxis_tools.blocks import blocks_text
 from peraxis_tools.chain.log import ChainLog, LogEntry
 from peraxis_tools.chain.write import UpdateResult
+from peraxis_tools.module_counts import encodings_text
 from peraxis_tools.report.console import size, text
 
 __all__ = ["render_compact", "render_log", "render_update"]
@@ -31,8 +32,9 @@ def _render(word: str, result: UpdateResult, console: Console) -> None:
     console.print(f"[bold green]{word}[/]  {text(result.path)}  {size(result.bytes)} of {size(result.full_bytes)}")
     console.print(f"content  {text(result.content_id)}")
     share = f"{result.changed / result.weights:.2%}" if result.weights else "none"
-    modules = ", ".join(f"{count} {encoding}" for encoding, count in result.encodings.items())
-    console.print(f"changed  {result.changed} of {result.weights} weights, {share}; modules: {modules}")
+    console.print(
+        f"changed  {result.changed} of {result.weights} weights, {share}; modules: {encodings_text(result.encodings)}"
+    )
     if result.blocks:
         console.print(f"blocks   {blocks_text(result.blocks, result.prefer)}")
     console.print(f"result   {text(result.result)}")

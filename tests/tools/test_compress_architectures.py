@@ -13,8 +13,10 @@ import transformers
 import peraxis_format as pxd
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.distill.distill import checkpoint_layers
+from peraxis_tools.compress.distill.losses import TeacherStates
 from peraxis_tools.compress.fit.moments.recorder import Call, Observer
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
+from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.parameter_names import map_names
 from tests.tools.compress_pairs import VOCABULARY, write_pair, write_text
 
@@ -82,6 +84,26 @@ def test_a_model_run_block_by_block_gives_the_logits_of_the_whole(family: str) -
     matrices = {n for n in state if n.startswith(model.prefix) and state[n].dim() > 1 and "bias" not in n}
     assert seen == matrices
     assert any(call.transposed for call in calls) == (family in TRANSPOSED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_of_a_freed_teacher_gives_the_logits_of_the_whole(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = FAMILIES[family]()
+    whole = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    teacher = LayerwiseModel(config, dtype=torch.float32, device=torch.device("cpu"))
+    for name, value in whole.state_dict().items():
+        teacher.set(name, value)
+    teacher.retie()
+    ids = torch.randint(0, 32, (3, 24))
+    states = TeacherStates(teacher, WorkFolder(tmp_path / "d.pxd", "digest", resume=False), 1 << 20)
+    states.keep({"fit": ids}, lambda done, total: None)
+    assert all(parameter.is_meta for parameter in teacher.layers.parameters())
+    kept = states.of(ids, "fit", range(3))
+    parts = [states.logits(ids, kept, part) for part in (slice(0, 7), slice(7, 24))]
+    with torch.no_grad():
+        expected = whole(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

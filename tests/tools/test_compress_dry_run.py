@@ -125,12 +125,12 @@ class _Tensor:
         self.shape, self.dtype = shape, DType.BF16
 
 
-def works(layers: int, text: Text, masks: int | Literal["auto"] = "auto") -> dict[str, StageWork]:
+def works(layers: int, text: Text, masks: int | Literal["auto"] = "auto", **given: float) -> dict[str, StageWork]:
     tensors = {"model.embed_tokens.weight": _Tensor(512, 64), "lm_head.weight": _Tensor(512, 64)}
     for i in range(layers):
         tensors[f"model.layers.{i}.self_attn.q_proj.weight"] = _Tensor(64, 64)
         tensors[f"model.layers.{i}.mlp.down_proj.weight"] = _Tensor(64, 192)
-    options = CompressOptions(calibration="c4", masks=masks)
+    options = CompressOptions(calibration="c4", masks=masks, **given)  # type: ignore[arg-type]
     planned = plan(fine_tuned=tensors, base=tensors, options=options)
     return {work.name: work for work in work_of(planned, options, text)}
 
@@ -154,3 +154,27 @@ def test_nothing_is_said_of_stages_that_will_not_be() -> None:
     assert list(found) == ["plan", "table", "blocks", "write"]
     for masks in (1, 2):
         assert "plan" not in works(2, Text(samples=8, generated=0, length=64, value_bytes=4), masks=masks)
+
+
+def test_trained_signs_take_the_bytes_of_their_latents() -> None:
+    from peraxis_tools.compress.distill.latents import BYTES_A_SIGN
+
+    signs = 2 * 512 * 64 + 2 * (64 * 64 + 64 * 192)
+    assert _distill(distill_sign_lr=0.05) - _distill() == BYTES_A_SIGN * signs
+
+
+def _distill(**options: float) -> int:
+    """The memory of the stage distill for two layers with one mask in each tensor."""
+    text = Text(samples=8, generated=8, length=64, value_bytes=4, distilled=8)
+    return works(2, text, masks=1, distill_samples=8, **options)["distill"].memory
+
+
+def test_generated_samples_take_the_memory_of_a_batch_and_calibrate_by_the_share_of_the_text() -> None:
+    few, many = (works(2, Text(samples=8, generated=n, length=64, value_bytes=4, together=16)) for n in (16, 64))
+    assert few["generate"].memory == many["generate"].memory
+    assert few["generate"].steps * 4 == many["generate"].steps
+    assert few["blocks"].passes < many["blocks"].passes
+    some = works(
+        2, Text(samples=8, generated=64, length=64, value_bytes=4, together=16, distilled=24), distill_samples=24
+    )
+    assert some["blocks"] == few["blocks"]  # a quarter of 64 samples

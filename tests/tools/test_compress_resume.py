@@ -106,7 +106,7 @@ def test_a_work_folder_of_other_options_is_not_continued(pair: tuple[Path, Path,
     assert (tmp_path / "delta.pxd").read_bytes() == (tmp_path / "plain.pxd").read_bytes()
 
 
-def test_where_teacher_logits_are_kept_changes_no_byte(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_where_teacher_states_are_kept_changes_no_byte(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
     files = [tmp_path / f"{limit}.pxd" for limit in (0, 4000, 1 << 20)]
     for file in files:
@@ -122,7 +122,7 @@ def test_distillation_goes_on_from_its_last_epoch_to_the_same_bytes(
     options = {"calibration": str(text), "distill_sign_lr": 0.05, "distill_full_lr": 3e-3, **LONG}
     stages: dict[str, int] = {}
     compress(base, tuned, tmp_path / "whole.pxd", progress=lambda step, done, _: stages.update({step: done}), **options)
-    assert list(stages) == ["check", "open", "generate", "fit", "the fine-tuned model's logits", "distill", "write"]
+    assert list(stages) == ["check", "open", "generate", "fit", "the fine-tuned model's states", "distill", "write"]
     assert all(stages.values())
     steps: list[int] = []
 

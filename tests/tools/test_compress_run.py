@@ -56,7 +56,7 @@ def test_every_tensor_is_covered_and_the_applied_folder_is_what_the_file_says(
     exact = {name for name, module in modules_of(output).items() if module.encoding is pxd.Encoding.FULL}
     assert exact == {name for name in original if "norm" in name}
     assert all(torch.equal(original[name], applied[name]) for name in exact)
-    assert result.signed == len(original) - len(exact)
+    assert result.encodings["sign"] == len(original) - len(exact)
     assert not (tmp_path / "delta.pxd.peraxis-work").exists()
 
 
@@ -267,7 +267,7 @@ def test_the_shared_pair_is_compressed_and_rebuilt(shared: Path, tmp_path: Path)
     text = shared / "c4" / "c4-train.00000-of-01024.json.gz"
     options = CompressOptions(calibration=str(text), calibration_samples=10, sequence_length=128)
     result = compress(base, tuned, tmp_path / "s.pxd", options=options, force=True)
-    assert result.signed == 36
+    assert result.encodings["sign"] == 36
     apply(base, tmp_path / "s.pxd", tmp_path / "applied")
     assert os.listdir(tmp_path / "applied")
 

@@ -1,4 +1,4 @@
-"""The losses of distillation: logits in parts, and a teacher that is freed once its logits are kept."""
+"""The losses of distillation: logits in parts, and a teacher that is freed once its states are kept."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from peraxis_tools.compress.distill.losses import Losses, TeacherLogits
+from peraxis_tools.compress.distill.losses import Losses, TeacherStates
 from peraxis_tools.compress.distill.parametrization import BuiltWeights
 from peraxis_tools.compress.model import layerwise_model as module
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.run.work_folder import WorkFolder
 
-VOCABULARY, LENGTH = 32, 12
+VOCABULARY, WIDTH, LENGTH = 32, 16, 12
 
 
-def model(seed: int) -> LayerwiseModel:
+def model(seed: int, *, tied: bool = False) -> LayerwiseModel:
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
     made = LayerwiseModel(config, dtype=torch.float32, device=torch.device("cpu"))
     draw = torch.Generator().manual_seed(seed)
     for name, value in list(made.model.named_parameters()):
         made.set(name, torch.randn(value.shape, generator=draw) * 0.2)
+    made.retie()
     return made
 
 
@@ -33,11 +35,13 @@ def ids(count: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(7))
 
 
-def losses(tmp_path: Path, *, kind: str, limit: int = 1 << 30) -> tuple[Losses, LayerwiseModel, LayerwiseModel]:
-    teacher, student = model(1), model(2)
+def losses(
+    tmp_path: Path, *, kind: str, limit: int = 1 << 30, tied: bool = False
+) -> tuple[Losses, LayerwiseModel, LayerwiseModel]:
+    teacher, student = model(1, tied=tied), model(2, tied=tied)
     splits = {"fit": ids(3), "held-out": ids(2)}
     tmp_path.mkdir(exist_ok=True)
-    targets = TeacherLogits(teacher, WorkFolder(tmp_path / "delta.pxd", "digest", resume=False), limit)
+    targets = TeacherStates(teacher, WorkFolder(tmp_path / "delta.pxd", "digest", resume=False), limit)
     targets.keep(splits, lambda done, total: None)
     return Losses(student=student, built=BuiltWeights(), targets=targets, splits=splits, kind=kind), teacher, student
 
@@ -69,10 +73,18 @@ def test_logits_in_parts_give_the_loss_and_the_gradients_of_all_at_once(
     assert found.mean("held-out") == pytest.approx(reference(student, ids(2), kind).item(), rel=1e-5)
 
 
-def test_a_teacher_is_freed_once_all_its_logits_are_kept_and_stays_beyond_the_limit(tmp_path: Path) -> None:
-    kept, freed, _ = losses(tmp_path / "all", kind="kl")
-    assert all(parameter.is_meta for parameter in freed.model.parameters())
-    computed, stays, _ = losses(tmp_path / "none", kind="kl", limit=4 * VOCABULARY * LENGTH)  # one sample
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_but_the_head_of_a_teacher_is_freed_once_its_states_are_kept(tmp_path: Path, tied: bool) -> None:
+    _, freed, _ = losses(tmp_path, kind="kl", tied=tied)
+    held = {name for name, parameter in freed.model.named_parameters() if not parameter.is_meta}
+    assert held == {"model.norm.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_teacher_stays_beyond_the_limit_and_gives_the_same_losses(tmp_path: Path, tied: bool) -> None:
+    kept, _, _ = losses(tmp_path / "all", kind="kl", tied=tied)
+    one = 4 * WIDTH * LENGTH
+    computed, stays, _ = losses(tmp_path / "none", kind="kl", limit=one, tied=tied)
     assert not any(parameter.is_meta for parameter in stays.model.parameters())
     assert kept.mean("held-out") == computed.mean("held-out")
 

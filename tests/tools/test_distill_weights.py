@@ -17,6 +17,7 @@ from peraxis_format.delta import BaseRef, Encoding
 from peraxis_format.dtypes import DType
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_tools.compress.distill.latents import SignLatents
 from peraxis_tools.compress.distill.parametrization import BuiltWeights, DeltaParametrization, TrainedComponent
 from peraxis_tools.parameter_names import ParameterSlice
 
@@ -85,19 +86,22 @@ def test_rows_beyond_the_base_do_not_change() -> None:
     assert not torch.equal(weight[:4], base[:4].float())
 
 
-def dense(base: Tensor, components: list[TrainedComponent]) -> Tensor:
+def dense(base: Tensor, components: list[TrainedComponent], latents: list[Tensor] | None = None) -> Tensor:
     """The weight in plain torch operations, without rounding: its gradients are torch's own."""
     total = base.float()
-    for each in components:
+    for k, each in enumerate(components):
         row, col = each.factors()
-        if each.latent is None:
-            signs = torch.stack([each.signs(e, slice(0, row.shape[1])) for e in range(len(row))])
-        else:
-            hard = torch.where(each.latent >= 0, 1.0, -1.0)
-            soft = each.latent.clamp(-3.0, 3.0)
-            signs = soft + (hard - soft).detach()
+        signs = torch.stack([each.signs(e, slice(0, row.shape[1])) for e in range(len(row))])
+        if latents is not None:
+            soft = latents[k].clamp(-3.0, 3.0)
+            signs = soft + (signs - soft).detach()
         total = total + (signs * (row.unsqueeze(-1) * col.unsqueeze(-2))).reshape(base.shape)
     return total
+
+
+def latents_of(component: TrainedComponent) -> SignLatents:
+    assert component.latents is not None
+    return component.latents
 
 
 @pytest.mark.parametrize("signs", [False, True])
@@ -107,17 +111,24 @@ def test_gradients_are_those_of_plain_operations(axis: Axis, batch: tuple[int, .
     parametrization, _, trained = parametrized(
         [component(axis, covered, seed) for seed in (2, 3)], covered, DType.BF16, signs=signs
     )
+    latents = None
     if signs:
-        with torch.no_grad():
-            for each in trained:
-                assert each.latent is not None
-                each.latent.mul_(torch.linspace(-8, 8, each.latent.numel()).reshape(each.latent.shape))
+        draw = np.random.default_rng(4)
+        for each in trained:  # some of them beyond the clip
+            state = latents_of(each).arrays()
+            state["value"] = draw.integers(-32767, 32768, state["value"].shape, np.int16)
+            latents_of(each).restore({**state, "mask": pack_signs(state["value"] >= 0)})
+        latents = [latents_of(each).values().requires_grad_() for each in trained]
     base, weights = base_of(covered, DType.BF16), torch.randn(covered)
     parameters = [p for each in trained for p in each.parameters()]
     found = torch.autograd.grad((parametrization(base) * weights).sum(), parameters)
-    expected = torch.autograd.grad((dense(base, trained) * weights).sum(), parameters)
-    for a, b in zip(found, expected, strict=True):
+    expected = torch.autograd.grad((dense(base, trained, latents) * weights).sum(), [*parameters, *(latents or ())])
+    for a, b in zip(found, expected, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for each, b in zip(trained if signs else (), expected[len(found) :], strict=True):
+        assert (b == 0).any()
+        mean = torch.from_numpy(latents_of(each).arrays()["mean"]).view(torch.bfloat16).float()
+        torch.testing.assert_close(mean, 0.1 * b, rtol=2**-8, atol=0.0)
 
 
 def test_the_graph_keeps_no_built_weight_and_gives_the_same_gradients() -> None:

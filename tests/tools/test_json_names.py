@@ -35,6 +35,14 @@ OTHER_NAMES: Final[Mapping[str, str]] = {
     "by_subtype": "by_group",
     "bits": "masks",
     "accepts": "expectation",
+    "signed": "encodings, the number of modules by encoding",
+    "unchanged": "encodings",
+    "exact": "encodings",
+    "exact_updates": "encodings",
+    "sign": "encodings",
+    "full": "encodings",
+    "same": "encodings",
+    "exact_blocks": "blocks",
 }
 _IMPORTED_FOR_TYPES: Final[dict[str, Any]] = {
     "CompressResult": CompressResult,

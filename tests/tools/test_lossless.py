@@ -59,7 +59,7 @@ def test_any_pair_goes_losslessly_into_a_file_and_comes_back_bit_for_bit(
         "position_ids": "same",
         "model.new.weight": "full",
     }
-    assert (result.exact, result.exact_updates) == (4, 3)
+    assert result.encodings == {"exact": 3, "full": 1, "same": 2}
     apply(base, result.path, tmp_path / "out")
     assert_holds(tmp_path / "out", tensors)
 
@@ -211,9 +211,9 @@ def test_the_writer_is_told_what_to_prefer_and_says_how_the_blocks_are_stored(
     small = compress(base, tuned, tmp_path / "small.pxd", exact=EVERYTHING)
     fast = compress(base, tuned, tmp_path / "fast.pxd", exact=EVERYTHING, prefer="speed")
     assert (small.prefer, fast.prefer) == ("size", "speed")
-    assert small.exact_blocks["keyed"] == 3
-    assert "keyed" not in fast.exact_blocks
-    assert sum(small.exact_blocks.values()) == sum(fast.exact_blocks.values()) == 3
+    assert small.blocks["keyed"] == 3
+    assert "keyed" not in fast.blocks
+    assert sum(small.blocks.values()) == sum(fast.blocks.values()) == 3
     assert small.bytes < fast.bytes
     for result in (small, fast):
         found: Counter[str] = Counter()
@@ -223,7 +223,7 @@ def test_the_writer_is_told_what_to_prefer_and_says_how_the_blocks_are_stored(
                 for entry in [] if index is None else index.tolist():
                     mode, length = entry & 255, entry >> 8
                     found["raw" if mode == 255 else "keyed" if mode else "gaps" if length else "unchanged"] += 1
-        assert found == result.exact_blocks
+        assert found == result.blocks
         apply(base, result.path, tmp_path / "out", overwrite=True)
         assert_holds(tmp_path / "out", tensors)
     config = {"exact": EVERYTHING, "prefer": "speed"}

@@ -5,7 +5,8 @@
 
 Scales are trained as s = s_0 (1 + theta) in float32. A step is relative, so one learning rate suits deltas of any size,
 rows and columns alike. With `signs`, the signs are trained too: each weight has a latent z that starts at the result of
-the fit; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales.
+the fit; B = sign(z), and the gradient of B passes to z (straight-through) while |z| is within a few scales. Latents and
+their moments take four bytes a sign (latents.py).
 
 The optimizer is AdamW without weight decay, with linear warm-up and a cosine to zero. Signs are frozen after 70% of the
 steps: while they oscillate about zero (arXiv 2203.11086), the scales are fitted to one of many states; after that, to
@@ -14,11 +15,11 @@ The best state is returned; the state before the first step takes part, so the h
 one length without padding, so no token has to be excluded. There is no dropout, and only the order of the samples is
 random, so a run that is resumed after an epoch ends in the same bytes.
 
-Memory: the teacher's logits are computed first and kept in files, then the teacher is freed (it stays if they
-exceed the limit). The student is its base in
-the file's dtype, packed signs, and the activations of one sample on a CPU (a batch on another device, which wants large
-products, with the activations of one layer); weights are built where they are used (parametrization.py), and logits of
-some tokens at a time.
+Memory: the teacher's last hidden states are computed first and kept in files, then all of the teacher but its head is
+freed (it stays if they exceed the limit). The student is its base in the file's dtype, packed signs, and the
+activations of one sample on a CPU (a batch on another device, which wants large products, with the activations of one
+layer). Weights are built where they are used (parametrization.py), and logits, the teacher's too, are those of some
+tokens at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peraxis_format import Encoding
 from peraxis_format.ops.tensors import TORCH_DTYPES
-from peraxis_tools.compress.distill.losses import Losses, TeacherLogits
+from peraxis_tools.compress.distill.losses import Losses, TeacherStates
 from peraxis_tools.compress.distill.parametrization import (
     BuiltWeights,
     DeltaParametrization,
@@ -98,14 +99,14 @@ def distill(
 ) -> DistillResult:
     """Train all scales of `modules` together; continue from the state in `work`. samples, validation: ids [n, length].
 
-    The teacher is freed if its logits of all samples are within the limit. After each epoch the training state is saved
-    to `work`.
+    The teacher's layers are freed if its states of all samples are within the limit. After each epoch the training
+    state is saved to `work`.
     """
     splits = {"fit": samples, "held-out": validation if len(validation) else samples}
     trim_heap()  # of the fit
     weights.fill_whole(teacher, weights.teacher)
-    targets = TeacherLogits(teacher, work, options.logits_limit)
-    targets.keep(splits, partial(progress, "the fine-tuned model's logits"))
+    targets = TeacherStates(teacher, work, options.logits_limit)
+    targets.keep(splits, partial(progress, "the fine-tuned model's states"))
     trained = _parametrize(student, weights, modules, options)
     trim_heap()  # of the teacher, and of the base in float32
     if student.device.type != "cpu":
@@ -161,12 +162,14 @@ class _Trained:
 
     def groups(self, options: DistillOptions) -> list[Group]:
         """The parameters by learning rate: scales, latents of signs, full tensors."""
-        named = [pair for components in self.components.values() for pair in components.named_parameters()]
-        latents = [p for name, p in named if name.endswith("latent")]
-        scales = [p for name, p in named if not name.endswith("latent")]
+        each = [component for components in self.components.values() for component in components]
         return [
-            Group(parameters=scales, lr=options.lr),
-            Group(parameters=latents, lr=options.sign_lr, share=_SIGNS_REST),
+            Group(parameters=[p for component in each for p in component.parameters()], lr=options.lr),
+            Group(
+                latents=[component.latents for component in each if component.latents is not None],  # type: ignore[misc]
+                lr=options.sign_lr,
+                share=_SIGNS_REST,
+            ),
             Group(parameters=[tensor.theta for tensor, _ in self.full.values()], lr=options.full_lr),
         ]
 

@@ -1,4 +1,4 @@
-"""The teacher's logits and the student's losses, one part of the logits at a time.
+"""The teacher's hidden states and the student's losses, one part of the logits at a time.
 
 kl    sum over the vocabulary of p (log p - log q)      p: teacher, q: student
 mse   mean over the vocabulary of (x_q - x_p)^2         of the logits
@@ -18,42 +18,52 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.heap import trim_heap
 
-__all__ = ["Losses", "TeacherLogits"]
+__all__ = ["Losses", "TeacherStates"]
 
 
-class TeacherLogits:
-    """The teacher's logits of samples: kept in files up to a limit of bytes, recomputed beyond it.
+class TeacherStates:
+    """The teacher's last hidden states of samples: kept in files up to a limit of bytes, recomputed beyond it.
 
-    Each sample is computed alone, so that its logits depend neither on the limit nor on its batch.
+    Logits are computed from them, by the teacher's head, for some tokens at a time: they are as much larger as the
+    vocabulary is than the width. Each sample is computed alone, so that its logits depend neither on the limit nor on
+    its batch.
     """
 
     def __init__(self, teacher: LayerwiseModel, work: WorkFolder, limit: int) -> None:
         self._teacher, self._limit = teacher, limit
-        self._kept = {split: SpilledTensors(work.path, f"logits-{split}", limit=0) for split in ("fit", "held-out")}
+        self._kept = {split: SpilledTensors(work.path, f"teacher-{split}", limit=0) for split in ("fit", "held-out")}
 
     def keep(self, splits: Mapping[str, Tensor], progress: Callable[[int, int], None]) -> None:
-        """Compute the logits of all samples of the splits within the limit. Free the teacher if those are all."""
+        """Compute the states of all samples of the splits within the limit. If those are all, free all but the head."""
         rows = [(split, row) for split, samples in splits.items() for row in range(len(samples))]
         for done, (split, row) in enumerate(rows):
             progress(done, len(rows))
-            logits = self._computed(splits[split][row : row + 1])
-            size = logits.numel() * logits.element_size()
+            states = self._computed(splits[split][row : row + 1])
+            size = states.numel() * states.element_size()
             if size > self._limit:
                 return
             self._limit -= size
-            self._kept[split][row] = logits
+            self._kept[split][row] = states
         progress(len(rows), len(rows))
-        self._teacher.empty_whole()
+        for index in range(len(self._teacher)):
+            self._teacher.empty(index)
+        if not self._teacher.is_tied:
+            self._teacher.free_embedding()
 
-    def of(self, ids: Tensor, split: str, rows: Sequence[int]) -> Tensor:
-        """Logits [rows, length, vocabulary] of some samples of a split. ids: their tokens [rows, length]."""
+    def of(self, ids: Tensor, split: str, rows: Sequence[int]) -> list[Tensor]:
+        """The states of some samples of a split, each alone. ids: their tokens [rows, length]."""
         kept = self._kept[split]
-        return torch.cat([kept[row] if row in kept else self._computed(ids[i : i + 1]) for i, row in enumerate(rows)])
+        return [kept[row] if row in kept else self._computed(ids[i : i + 1]) for i, row in enumerate(rows)]
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, states: Sequence[Tensor], part: slice) -> Tensor:
+        """Logits [rows, tokens, vocabulary] of some tokens of samples. states: of `of`."""
+        some = [self._teacher.head(ids[i : i + 1, part], its[:, part]) for i, its in enumerate(states)]
+        return torch.cat(some)
 
     @torch.no_grad()
     def _computed(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self._teacher.model(input_ids=ids, use_cache=False).logits
-        return logits
+        return self._teacher.states(ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +72,7 @@ class Losses:
 
     student: LayerwiseModel
     built: BuiltWeights
-    targets: TeacherLogits
+    targets: TeacherStates
     splits: Mapping[str, Tensor]
     kind: str
 
@@ -73,14 +83,15 @@ class Losses:
         for first in range(0, len(rows), together):
             some = rows[first : first + together]
             ids = self.splits[split][list(some)]
-            target = self.targets.of(ids, split, some)
+            targets = self.targets.of(ids, split, some)
             with self.built.forgotten():
                 states = self.student.states(ids)
             trim_heap()  # the largest tensors, of the head and its table, come next
             given = states.detach().requires_grad_()
             for part in self.student.token_parts(ids, states):
+                target = self.targets.logits(ids, targets, part)
                 with self.built.forgotten():
-                    loss = self._sum(target[:, part], self.student.head(ids[:, part], given[:, part]))
+                    loss = self._sum(target, self.student.head(ids[:, part], given[:, part]))
                 (loss / (len(rows) * ids.shape[1])).backward()
             if states.requires_grad:  # otherwise the head alone is trained
                 states.backward(given.grad)
@@ -93,9 +104,10 @@ class Losses:
         total = 0.0
         for row in range(len(samples)):
             ids = samples[row : row + 1]
-            target, states = self.targets.of(ids, split, [row]), self.student.states(ids)
+            targets, states = self.targets.of(ids, split, [row]), self.student.states(ids)
             for part in self.student.token_parts(ids, states):
-                total += float(self._sum(target[:, part], self.student.head(ids[:, part], states[:, part])))
+                target = self.targets.logits(ids, targets, part)
+                total += float(self._sum(target, self.student.head(ids[:, part], states[:, part])))
         return total / samples.numel()
 
     def _sum(self, target: Tensor, logits: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The parametrizations that distillation trains, registered on the student's own parameters.
 
-    signed tensor   W = base + sum_k B_k o (row_k col_k^T)      row = row_0 (1 + theta), so is col
-                    B = sign(z) where signs are trained, z a latent for each weight
+    signed tensor   W = base + sum_k B_k o (row_k col_k^T)      row = row_0 (1 + theta), so is col; B: a packed mask,
+                                                                which a step rewrites if signs are trained
     full tensor     W = W_0 + rms(W_0) theta                    embeddings, lm_head, norms, biases
 
 W is rounded to its dtype as apply rounds it; gradients pass through roundings and signs (straight-through):
 
     dL/drow_i = sum_j G_ij B_ij col_j      dL/dcol_j = sum_i G_ij B_ij row_i      G = dL/dW
-    dL/dz_ij  = G_ij row_i col_j while |z_ij| is at most a few scales, otherwise 0
+    dL/dB_ij  = G_ij row_i col_j, added to the latents of signs as it is found (latents.py)
 
 Memory: for a signed tensor the graph keeps scales alone. Signs stay packed, the base stays in the module's dtype, and
 W itself, which a product wants again in the backward pass, is built again there (`BuiltWeights`): that is one pass over
@@ -29,20 +29,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales, pack_signs, unpack_signs
+from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, encode_scales
 from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_tools.compress.distill.latents import SignLatents, row_blocks
 from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["BuiltWeights", "DeltaParametrization", "TrainedComponent", "TrainedTensor"]
 
-_CLIP = 3.0  # a latent further than this many scales from zero gets no gradient
-_BLOCK = 1 << 18  # weights whose signs are unpacked at a time: they stay in a processor's cache
-
 
 class TrainedComponent(nn.Module):
-    """One component with relative scales, and latents if signs are trained.
+    """One component with relative scales, and the latents of its signs if these are trained.
 
     covered: the shape [..., d_out, d_in] of its tensor, a batch of matrices.
     """
@@ -60,14 +58,8 @@ class TrainedComponent(nn.Module):
                 scale = scale * factor
             self.register_buffer(f"{name}_start", scale)
             self.register_parameter(name, nn.Parameter(torch.zeros_like(scale)))
-        self.mask: Tensor | None = None
-        self.latent: Tensor | None = None
-        if signs:
-            # Latents start half a scale from zero, so that a gradient can flip a sign but noise cannot.
-            unpacked = torch.from_numpy(unpack_signs(component.mask, covered[-1])).to(device)
-            self.latent = nn.Parameter(torch.where(unpacked, 0.5, -0.5).reshape(self._shape))
-        else:
-            self.mask = torch.from_numpy(component.mask.copy()).to(device).reshape(*self._shape[:-1], -1)
+        self.mask = torch.from_numpy(component.mask.copy()).to(device).reshape(*self._shape[:-1], -1)
+        self.latents = SignLatents(self.mask, covered[-1]) if signs else None
 
     def scale(self, name: str) -> Tensor:
         return torch.relu(getattr(self, f"{name}_start") * (1 + getattr(self, name)))
@@ -87,9 +79,6 @@ class TrainedComponent(nn.Module):
 
     def signs(self, e: int, rows: slice) -> Tensor:
         """float32 [rows, d_in], +1 or -1: of some rows of matrix e."""
-        if self.latent is not None:
-            return torch.where(self.latent[e, rows] >= 0, 1.0, -1.0)
-        assert self.mask is not None
         mask = self.mask[e, rows]
         ones = torch.ones(max(len(mask), self._shape[-1]), device=mask.device)
         zeros = torch.zeros(len(mask), self._shape[-1], device=mask.device)
@@ -98,11 +87,7 @@ class TrainedComponent(nn.Module):
     def to_component(self) -> Component:
         """The component as the file stores it."""
         with torch.no_grad():
-            if self.latent is None:
-                assert self.mask is not None
-                mask = self.mask.cpu().numpy().reshape(self._mask_shape)
-            else:
-                mask = pack_signs((self.latent >= 0).cpu().numpy()).reshape(self._mask_shape)
+            mask = self.mask.cpu().numpy().copy().reshape(self._mask_shape)
             arrays = {
                 name: self.scale(name).double().cpu().numpy()
                 for name in ("row", "col", "scalar")
@@ -214,7 +199,7 @@ class DeltaParametrization(nn.Module):
         inputs: list[Tensor] = []
         for component in self._each():
             row, col = component.factors()
-            inputs += [row, col] if component.latent is None else [row, col, component.latent]
+            inputs += [row, col]
         weight: Tensor = _Weight.apply(self, self._built, base, *inputs)  # type: ignore[no-untyped-call]
         self._built.add(weight, self, base)
         return weight
@@ -238,54 +223,31 @@ class DeltaParametrization(nn.Module):
         out = base.to(self._dtype, copy=True)
         factors = [component.factors() for component in self._each()]
         for (e, target, components), (_, source, _) in zip(self._matrices(out), self._matrices(base), strict=True):
-            scales = [(factors[k][0][e], factors[k][1][e]) for k, _ in components]
-            if all(component.mask is not None for _, component in components):
-                terms = [
-                    ComponentTensors(component.mask[e], row, col)  # type: ignore[index]
-                    for (_, component), (row, col) in zip(components, scales, strict=True)
-                ]
-                rebuild_tensor(source, terms, out=target)
-                continue
-            for rows in _blocks(target):
-                total = source[rows].float()
-                for (_, component), (row, col) in zip(components, scales, strict=True):
-                    total = total + component.signs(e, rows) * (row[rows].unsqueeze(-1) * col)
-                target[rows] = total.to(target.dtype)
+            terms = [ComponentTensors(c.mask[e], factors[k][0][e], factors[k][1][e]) for k, c in components]
+            rebuild_tensor(source, terms, out=target)
         return out.to(self._result)
 
     def gradients(self, gradient: Tensor) -> list[Tensor]:
-        """The gradients of each component's row and col, and of its latent if it has one. gradient: the weight's."""
-        each = list(self._each())
-        factors = [component.factors() for component in each]
-        found = [[torch.zeros_like(row), torch.zeros_like(col)] for row, col in factors]
-        for component, its in zip(each, found, strict=True):
-            if component.latent is not None:
-                its.append(torch.zeros_like(component.latent))
+        """The gradients of each component's row and col. gradient: the weight's. Those of signs go to their latents."""
+        factors = [component.factors() for component in self._each()]
+        found = [(torch.zeros_like(row), torch.zeros_like(col)) for row, col in factors]
         for e, matrix, components in self._matrices(gradient):
             if gradient.dim() == 3 and not matrix.any():
                 continue  # the gradient is that of a product with another expert
             for k, component in components:
                 row, col = factors[k][0][e], factors[k][1][e]
-                for rows in _blocks(matrix):
+                for rows in row_blocks(*matrix.shape):
                     part = matrix[rows].float()
                     signed = component.signs(e, rows).mul_(part)
                     found[k][0][e, rows] = signed @ col
                     found[k][1][e] += row[rows] @ signed
-                    if component.latent is not None:
-                        near = component.latent[e, rows].abs() <= _CLIP
-                        found[k][2][e, rows] = part * (row[rows].unsqueeze(-1) * col) * near
+                    if component.latents is not None and not component.latents.at_rest:
+                        component.latents.add(e, rows, part * (row[rows].unsqueeze(-1) * col))
         return [value for its in found for value in its]
 
 
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Blocks of rows of _BLOCK weights."""
-    d_out, d_in = matrix.shape
-    step = -(-_BLOCK // d_in)
-    return (slice(first, min(first + step, d_out)) for first in range(0, d_out, step))
-
-
 class _Weight(torch.autograd.Function):
-    """The weight of a parametrization, as a function of its scales and latents."""
+    """The weight of a parametrization, as a function of its scales."""
 
     @staticmethod
     def forward(ctx: Any, builder: DeltaParametrization, built: BuiltWeights, base: Tensor, *inputs: Tensor) -> Tensor:

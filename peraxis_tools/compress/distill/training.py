@@ -1,7 +1,8 @@
 """AdamW with a schedule for each group of parameters; it can be resumed after it was killed.
 
-Each rate has a linear warm-up, then a cosine to zero, then stays zero; there is no weight decay. After each epoch the
-full state is saved in the work folder: parameters, AdamW's moments, and the number of epochs.
+Each rate has a linear warm-up, then a cosine to zero, then stays zero; there is no weight decay. The latents of signs
+have an optimizer of their own (latents.py), with such a schedule. After each epoch the full state is saved in the work
+folder: parameters, moments, and the number of epochs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from peraxis_tools.compress.distill.latents import SignLatents
 from peraxis_tools.compress.run.work_folder import WorkFolder
 
 __all__ = ["Group", "TrainingState", "Training"]
@@ -25,9 +27,10 @@ _SUMS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Parameters with one rate. lr: the peak rate; share: the share of all steps after which they are frozen."""
+    """Parameters, or latents of signs, with one rate. lr: the peak rate; share: of the steps, then they rest."""
 
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[nn.Parameter] = ()
+    latents: Sequence[SignLatents] = ()
     lr: float
     share: float = 1.0
 
@@ -46,6 +49,8 @@ class Training:
 
     def __init__(self, groups: Sequence[Group], *, steps: int) -> None:
         self._groups = [group for group in groups if group.parameters]
+        self._signs = [group for group in groups if group.latents]
+        self._latents = [latents for group in self._signs for latents in group.latents]
         self._steps = steps
         self._parameters = [parameter for group in self._groups for parameter in group.parameters]
         for parameter in self._parameters:
@@ -55,11 +60,21 @@ class Training:
     def step(self, number: int, backward: Callable[[], None]) -> None:
         """Take one optimizer step with the gradients that `backward` adds."""
         for group, its in zip(self._groups, self._optimizer.param_groups, strict=True):
-            its["lr"] = group.lr * _rate(number, round(group.share * self._steps))
+            its["lr"] = self._rate(group, number)
+        for group in self._signs:
+            if number >= round(group.share * self._steps):
+                for latents in group.latents:
+                    latents.rest()
         self._optimizer.zero_grad(set_to_none=True)
         backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        for group in self._signs:
+            for latents in group.latents:
+                latents.step(self._rate(group, number))
+
+    def _rate(self, group: Group, number: int) -> float:
+        return group.lr * _rate(number, round(group.share * self._steps))
 
     def save(self, work: WorkFolder, stands: TrainingState) -> None:
         """Save the training state."""
@@ -68,6 +83,8 @@ class Training:
             sums = self._optimizer.state[parameter]  # empty without a gradient: an expert without tokens
             for name, value in {"value": parameter, **sums}.items():
                 arrays[f"{name}-{i}"] = value.detach().cpu().numpy()
+        for i, latents in enumerate(self._latents):
+            arrays |= {f"signs-{name}-{i}": array for name, array in latents.arrays().items()}
         work.save_arrays(_PART, arrays)
 
     @torch.no_grad()
@@ -85,6 +102,9 @@ class Training:
                 name: torch.from_numpy(arrays[f"{name}-{i}"]).to("cpu" if name == "step" else parameter.device)
                 for name in _SUMS
             }
+        for i, latents in enumerate(self._latents):
+            names = [name for name in arrays if name.startswith("signs-") and name.endswith(f"-{i}")]
+            latents.restore({name.split("-")[1]: arrays[name] for name in names})
         epochs, best, before = arrays["standing"].tolist()
         return TrainingState(epochs=int(epochs), best=best, before=before)
 

@@ -3,12 +3,12 @@
 A stage's memory does not include the imports. With c bytes a computed value, P values of all weights, O of those
 outside the layers, N tokens of text in samples of n, and d the width of the hidden states:
 
-    generate     g P with g bytes a value, keys and values of all samples, logits of a step
+    generate     g P with g bytes a value, keys and values of the samples of a batch, logits of a step
     sensitivity  c P, packed masks; activations, logits and the largest gradient of one sample
     table        c O, and 4 float32 copies of the table with its masks
     blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
-    distill      the teacher, then the base in the file's dtype, packed signs (or 16 bytes a trained sign), activations
-                 and some logits of one sample, copies of the largest matrix
+    distill      the teacher, then its head, the base in the file's dtype, packed signs (and 4 bytes a trained sign),
+                 activations and some logits of one sample, copies of the largest matrix
     write        4 copies of the largest tensor (run.py)
 
 A probe (run/probe.py) turns the work into seconds: tokens that pass a layer, steps of generation, matrices that are
@@ -43,6 +43,7 @@ _FLOAT: Final = 4
 _SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
 _ACTIVATIONS: Final = 4  # values that a backward pass keeps of a token, for each value of an input of a matrix
 _TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and AdamW's two moments
+_TRAINED_SIGN: Final = 4  # BYTES_A_SIGN of distill/latents.py, which imports torch
 _LOGITS: Final = 32 << 20  # _LOGITS_BYTES of model/layerwise_model.py, which imports torch
 _LOGITS_COPIES: Final = 6
 _BUILDING: Final = 60.0  # operations for each weight and mask: to build it twice, and to reduce its gradient
@@ -65,9 +66,14 @@ class Text:
     together: int = 32
 
     @property
+    def calibrating(self) -> int:
+        """The generated samples of the fit; distillation alone has the others (calibration/parts.py)."""
+        return round(self.generated * self.samples / (self.samples + self.distilled))
+
+    @property
     def tokens(self) -> int:
-        """The tokens of all samples."""
-        return (self.samples + self.generated) * self.length
+        """The tokens of all samples of the fit."""
+        return (self.samples + self.calibrating) * self.length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +162,7 @@ def _prices(plan: Plan) -> StageWork:
 
 def _generate(plan: Plan, text: Text) -> StageWork:
     keys = sum(m.shape[0] for m in plan.modules if group_of(m.name) in _KEYS and len(m.shape) == 2)
-    tokens = text.generated * text.length
+    tokens = min(text.generated, text.together) * text.length
     pieces, steps = pieces_of(text.length)
     logits = 3 * _FLOAT * min(text.generated, text.together) * pieces * _vocabulary(plan)
     return StageWork(
@@ -172,7 +178,7 @@ def _vocabulary(plan: Plan) -> int:
 
 
 def _sensitivity(plan: Plan, text: Text) -> StageWork:
-    samples = min(SENSITIVITY_SAMPLES, text.samples + text.generated)
+    samples = min(SENSITIVITY_SAMPLES, text.samples + text.calibrating)
     weights = _weights(plan)
     tokens = samples * text.length
     kept = _activations(plan, text.length) + max(map(_values, plan.modules))
@@ -242,31 +248,35 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
     masked = sum(_values(module) * module.components for module in signed)
     base = sum(_values(module) * module.dtype.itemsize for module in signed)
     rest = _weights(plan) - sum(map(_values, signed))
-    logits = _FLOAT * text.length * _vocabulary(plan)
-    trained = _TRAINED * (masked * (options.distill_sign_lr > 0) + rest * (options.distill_full_lr > 0))
+    head = _vocabulary(plan) * _width(plan)
+    states = text.value_bytes * text.length * _width(plan)
+    trained = _TRAINED_SIGN * masked * (options.distill_sign_lr > 0) + _TRAINED * rest * (options.distill_full_lr > 0)
     student = (
         base
         + text.value_bytes * (rest + _activations(plan, text.length))
         + masked // 8
         + trained
-        + 2 * logits
+        + text.value_bytes * head
         + _some_logits(plan, text)
         + 3 * _FLOAT * max(map(_values, signed), default=0)
     )
     every = text.samples + text.generated + text.distilled
-    validated = options.held_out * text.distilled * (options.distill_epochs + 1)
-    learned = every * options.distill_epochs
-    # The share of samples whose logits the teacher computes anew each time; then it stays beside the student.
-    anew = max(0.0, 1 - options.logits_limit / max(1, logits * every))
+    held_out = options.held_out * (text.distilled + text.generated - text.calibrating)
+    validated = held_out * (options.distill_epochs + 1)
+    learned = (every - held_out) * options.distill_epochs
+    # The share of samples whose states the teacher computes anew each time; then it stays beside the student.
+    anew = max(0.0, 1 - options.logits_limit / max(1, states * every))
     if anew > 0:
-        student += text.value_bytes * _weights(plan)
+        student += text.value_bytes * (_weights(plan) - head)
     # A step's two passes, which keep and use a graph, take as long as four without one; the teacher's own is one.
-    tokens = (4.0 * learned + validated + every + anew * (learned + validated)) * text.length
+    own = 4.0 * learned + validated
+    passes = own + every + anew * (learned + validated)
+    heads = own + learned + validated
     return StageWork(
         name="distill",
-        memory=max(text.value_bytes * _weights(plan) + logits, student),
-        passes=len(_layers(plan)) * tokens,
-        products=2.0 * _outside(plan) * tokens + _BUILDING * masked * learned,
+        memory=max(text.value_bytes * _weights(plan), student),
+        passes=len(_layers(plan)) * passes * text.length,
+        products=2.0 * head * heads * text.length + _BUILDING * masked * learned,
     )
 
 

@@ -24,7 +24,7 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
-from peraxis_tools.compress.plan.estimate import SENSITIVITY_SAMPLES
+from peraxis_tools.compress.plan.estimate import SENSITIVITY_SAMPLES, work_of
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.sensitivity import fisher_errors
 from peraxis_tools.compress.run.continuing import continued
@@ -37,7 +37,9 @@ from peraxis_tools.compress.run.inputs import (
     inputs_digest,
     sampling_dtype,
     text_inputs,
+    text_of,
 )
+from peraxis_tools.compress.run.memory import check_memory, held_bytes, machine_memory
 from peraxis_tools.compress.run.types import OPEN_STEPS, FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import resolve_dtype
@@ -186,6 +188,9 @@ def _open_run(
     device, config, text = given.device, given.config, given.samples
     processes = Processes(device)
     dtype = resolve_dtype(options.compute_dtype, device, config)
+    if device.type == "cpu":
+        works = work_of(plan, options, text_of(plan, options, device, dtype))
+        check_memory(works, options, held=held_bytes(), machine=machine_memory())
     share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)

@@ -24,7 +24,9 @@ from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import with_file_bytes
+from peraxis_tools.compress.run.memory import held_bytes, machine_memory
 from peraxis_tools.errors import ToolError
+from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.optional import require
 from peraxis_tools.text import Source
 from peraxis_tools.vocabulary import check_ids
@@ -49,8 +51,10 @@ class StageEstimate:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEstimate:
     """The result of a dry run. bytes, full_bytes: those of the file and of the fine-tuned tensors. memory: bytes at the
-    peak, imports included. upper_bound: the file can be smaller, as bytes of exact tensors follow from what changed.
-    seconds: processor seconds; None for another device than the CPU, and without a text.
+    peak, imports included. memory_available: those of this process and those that are free; None where the system does
+    not say. upper_bound: the file can be smaller, as bytes of exact tensors follow from what changed.
+    encodings: modules by encoding, as planned; exact ones count as full. seconds: processor seconds; None for another
+    device than the CPU, and without a text.
     """
 
     bytes: int
@@ -58,8 +62,9 @@ class RunEstimate:
     ratio: float
     fit: str
     module_count: int
-    signed: int
+    encodings: dict[str, int]
     memory: int
+    memory_available: int | None
     seconds: float | None
     stages: tuple[StageEstimate, ...]
     upper_bound: bool = False
@@ -89,7 +94,7 @@ def estimate_run(
         planned = with_file_bytes(planned, base_checkpoint, tuned, options)
         text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
         spent = time.process_time()
-    held = _held()
+    held, machine = held_bytes(), machine_memory()
     works = work_of(planned, options, text)
     seconds = None if text is None or config is None else _seconds(works, config, text, options)
     stages = tuple(
@@ -105,8 +110,9 @@ def estimate_run(
         ratio=round(planned.full_bytes / size, 4),
         fit=options.resolved_fit,
         module_count=len(planned.modules),
-        signed=sum(1 for module in planned.modules if module.components),
+        encodings=count_encodings(module.encoding for module in planned.modules),
         memory=held + max(stage.memory for stage in stages),
+        memory_available=None if machine is None else held + machine.available,
         seconds=None if seconds is None else sum(stage.seconds or 0.0 for stage in stages),
         stages=stages,
         upper_bound=options.exact is not None,
@@ -126,7 +132,7 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
     """The samples of a run, and the model's configuration. This imports and opens the same as a run."""
     import peraxis_tools.compress.run.calibrated  # noqa: F401  as a run does
     from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-    from peraxis_tools.compress.run.inputs import GENERATED_TOGETHER, generated_count, read_samples, sampling_dtype
+    from peraxis_tools.compress.run.inputs import read_samples, text_of
     from peraxis_tools.compress.run.probe import warm_up
     from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
     from peraxis_tools.parameter_names import map_names
@@ -142,15 +148,7 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
         check_ids(read_samples(options, tokenizer).ids, config.to_dict(), tuned.tensors.label)
     warm_up()
     map_names(LayerwiseModel(config, dtype=dtype, device=device).model, tuned.tensors)
-    text = Text(
-        samples=options.calibration_samples,
-        generated=generated_count(planned, options, dtype),
-        length=options.sequence_length,
-        value_bytes=dtype.itemsize,
-        distilled=options.distill_samples,
-        sampled_bytes=sampling_dtype(planned, device, dtype).itemsize,
-        together=GENERATED_TOGETHER * options.batch_size,
-    )
+    text = text_of(planned, options, device, dtype)
     return text, config if device.type == "cpu" else None
 
 
@@ -177,12 +175,3 @@ def _seconds(works: Sequence[StageWork], config: Any, text: Text, options: Compr
             refine=options.resolved_fit == "refined",
         )
         return [probe.seconds(work) for work in works]
-
-
-def _held() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)

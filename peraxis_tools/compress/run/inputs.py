@@ -14,7 +14,7 @@ from peraxis_format import DType, Safetensors, __version__
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.fit.moments.collector import Batch
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES
+from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, Text
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device
 from peraxis_tools.errors import ToolError
@@ -30,6 +30,7 @@ __all__ = [
     "read_samples",
     "sampling_dtype",
     "text_inputs",
+    "text_of",
 ]
 
 GENERATED_TOGETHER: Final = 4  # batches of samples that are generated together
@@ -117,3 +118,16 @@ def sampling_dtype(plan: Plan, device: torch.device, dtype: torch.dtype) -> torc
     own = {module.dtype for module in plan.modules if len(module.shape) > 1}
     fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if own == {DType.BF16} and fast and dtype is torch.float32 else dtype
+
+
+def text_of(plan: Plan, options: CompressOptions, device: torch.device, dtype: torch.dtype) -> Text:
+    """The samples of a run, for its estimate. dtype: that the model computes in."""
+    return Text(
+        samples=options.calibration_samples,
+        generated=generated_count(plan, options, dtype),
+        length=options.sequence_length,
+        value_bytes=dtype.itemsize,
+        distilled=options.distill_samples,
+        sampled_bytes=sampling_dtype(plan, device, dtype).itemsize,
+        together=GENERATED_TOGETHER * options.batch_size,
+    )

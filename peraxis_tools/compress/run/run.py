@@ -41,6 +41,7 @@ from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
+from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_delta
@@ -64,8 +65,7 @@ _NO_TEXT = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressResult:
     """The result of `compress`. Sizes are bytes. notes: modules that differ from the plan, and the reason.
-    exact: modules that are stored exactly, exact_updates of them as updates.
-    exact_blocks: blocks of exact updates by mode (SPEC 5.6), chosen for `prefer`.
+    encodings: modules by encoding. blocks: those of exact modules by mode (SPEC 5.6), chosen for `prefer`.
     unread_tokens: special tokens that are not in the calibration text, so that no fit covers them."""
 
     path: Path
@@ -75,11 +75,8 @@ class CompressResult:
     ratio: float
     fit: str
     module_count: int
-    signed: int
-    unchanged: int
-    exact: int
-    exact_updates: int
-    exact_blocks: Mapping[str, int]
+    encodings: Mapping[str, int]
+    blocks: Mapping[str, int]
     prefer: str
     axis_counts: Mapping[str, int]
     notes: Mapping[str, str]
@@ -277,8 +274,8 @@ def _result(
     output: Path, manifest: Manifest, size: int, blocks: Mapping[str, int], fit: RunFit, options: CompressOptions
 ) -> CompressResult:
     """The result for a written file; notes a fine-tune without any change."""
-    counts = Counter(module.encoding for module in manifest.modules)
-    if counts[Encoding.SAME] == len(manifest.modules):
+    encodings = count_encodings(module.encoding for module in manifest.modules)
+    if encodings.get(Encoding.SAME.value, 0) == len(manifest.modules):
         note(f"{output}: holds no change, because every tensor of the fine-tune is the base's; check the pair")
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(
@@ -289,11 +286,8 @@ def _result(
         ratio=round(fit.plan.full_bytes / size, 4),
         fit=options.resolved_fit,
         module_count=len(manifest.modules),
-        signed=counts[Encoding.SIGN],
-        unchanged=counts[Encoding.SAME],
-        exact=counts[Encoding.FULL] + counts[Encoding.EXACT],
-        exact_updates=counts[Encoding.EXACT],
-        exact_blocks=dict(blocks),
+        encodings=encodings,
+        blocks=dict(blocks),
         prefer=options.prefer,
         axis_counts=dict(sorted(axes.items())),
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},

@@ -1,0 +1,104 @@
+"""The memory of a run beside that of the machine: what is read, noted and refused."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from pathlib import Path
+
+import pytest
+
+from peraxis_tools.compress import CompressOptions, compress
+from peraxis_tools.compress.plan.estimate import StageWork
+from peraxis_tools.compress.run.memory import MachineMemory, check_memory, held_bytes, machine_memory
+from peraxis_tools.errors import ToolError
+from tests.tools.compress_pairs import llama_pair
+
+GB = 10**9
+OPTIONS = CompressOptions(calibration="c4", distill_samples=4, distill_sign_lr=0.05)
+WORKS = [StageWork(name="blocks", memory=2 * GB), StageWork(name="distill", memory=6 * GB)]
+
+
+def check(available: float, total: float, options: CompressOptions = OPTIONS) -> None:
+    machine = MachineMemory(available=int(available * GB), total=int(total * GB))
+    check_memory(WORKS, options, held=GB, machine=machine)
+
+
+@pytest.mark.parametrize(("available", "total"), [(6.0, 16.0), (6.0, 7.0)])
+def test_nothing_is_said_where_a_run_fits(available: float, total: float, caplog: pytest.LogCaptureFixture) -> None:
+    check(available, total)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("available", "total"), [(5.9, 16.0), (1.0, 7.0), (5.0, 6.0)])
+def test_a_run_that_needs_more_than_is_free_begins_with_a_note(
+    available: float, total: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "peraxis"):
+        check(available, total)
+    (record,) = caplog.records
+    said = record.getMessage()
+    for part in ("the stage distill", "7 GB", f"{1 + available:.3g} GB are free", "--distill-sign-lr 0"):
+        assert part in said
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_lowers_it() -> None:
+    with pytest.raises(ToolError, match=r"distill needs about 7 GB, and this machine has 5.8 GB; --distill-sign-lr 0"):
+        check(5.0, 5.8)
+    scales = CompressOptions(calibration="c4", distill_samples=4)
+    with pytest.raises(ToolError, match=r"this machine has 5.8 GB; --distill-samples 0"):
+        check(5.0, 5.8, scales)
+
+
+def test_a_run_is_refused_before_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned, text = llama_pair(tmp_path)
+    run = importlib.import_module("peraxis_tools.compress.run.calibrated")
+    monkeypatch.setattr(run, "machine_memory", lambda: MachineMemory(available=1 << 20, total=1 << 20))
+    stages: set[str] = set()
+    with pytest.raises(ToolError, match=r"memory: the stage .* needs about .*, and this machine has 1.05 MB; "):
+        compress(
+            base, tuned, tmp_path / "d.pxd", calibration=str(text), calibration_samples=4, sequence_length=16,
+            force=True, progress=lambda stage, *_: stages.add(stage),
+        )  # fmt: skip
+    assert stages <= {"check", "open"}
+    assert not (tmp_path / "d.pxd").exists()
+
+
+def test_nothing_is_said_where_the_system_says_nothing(tmp_path: Path) -> None:
+    assert machine_memory(proc=tmp_path, groups=tmp_path) is None
+    assert held_bytes(proc=tmp_path) == 0
+    check_memory(WORKS, OPTIONS, held=GB, machine=None)
+
+
+def system(folder: Path, **groups: str) -> MachineMemory | None:
+    """The memory of a system with these files of groups: __ for a dot, v1 for the folder of the first kind."""
+    (folder / "meminfo").write_text("MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 6000 kB\nSwapTotal: 1000 kB\n")
+    (folder / "memory").mkdir()
+    for name, content in groups.items():
+        (folder / name.replace("v1_", "memory/").replace("__", ".")).write_text(content)
+    return machine_memory(proc=folder, groups=folder)
+
+
+def test_a_machine_has_its_memory_and_its_swap(tmp_path: Path) -> None:
+    assert system(tmp_path, memory__max="max\n") == MachineMemory(available=6000 << 10, total=9000 << 10)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_container_has_no_more_than_its_limit(tmp_path: Path, first: bool) -> None:
+    names = ("v1_memory.limit_in_bytes", "v1_memory.usage_in_bytes", "v1_memory.stat")
+    names = names if first else ("memory__max", "memory__current", "memory__stat")
+    files = dict(zip(names, ("5000000\n", "3000000\n", "anon 5\ninactive_file 400000\n"), strict=True))
+    assert system(tmp_path, **files) == MachineMemory(available=2_400_000, total=5_000_000)
+
+
+def test_a_first_kind_of_container_without_a_limit_has_that_of_the_machine(tmp_path: Path) -> None:
+    files = {"v1_memory.limit_in_bytes": "9223372036854771712\n", "v1_memory.usage_in_bytes": "100\n"}
+    assert system(tmp_path, **files) == MachineMemory(available=6000 << 10, total=9000 << 10)
+
+
+def test_this_process_holds_memory_of_this_machine() -> None:
+    machine = machine_memory()
+    if machine is None:
+        pytest.skip("this system does not say")
+    assert 1 << 20 < held_bytes() < machine.total
+    assert machine.available <= machine.total
