@@ -104,7 +104,8 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangle F with F^T F = (H + damping)^-1, float32 [d, d]."""
     diagonal = hessian.diagonal().mean().clamp(min=1e-30)
     damped = hessian.double() / diagonal + _DAMPING * torch.eye(len(hessian), dtype=torch.float64)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()  # type: ignore[no-any-return]
 
 
 def _round(values: Tensor, step: Tensor, top: Tensor) -> Tensor:
