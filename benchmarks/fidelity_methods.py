@@ -119,7 +119,7 @@ def _lora(inputs: Inputs, output: Path, *, epochs: int) -> Written:
     rank = equal_rank(shapes, sum(rows * columns for rows, columns in shapes) // 8)  # the bytes of one mask
     modules = lora(pair, rank, ids[inputs.fit :] if epochs else None, epochs=epochs)
     stored = sum(2 * rank * sum(shape) for shape in shapes)
-    note = f"rank {rank}" + (f", lr 1e-4, {epochs} epochs" if epochs else "")
+    note = f"rank {rank}" + (f", lr 1e-4, epochs {epochs}" if epochs else "")
     return _merged(output, pair, {name: module.rounded() for name, module in modules.items()}, stored, note)
 
 
