@@ -109,21 +109,45 @@ def _paper_tuned(inputs: Inputs, output: Path) -> Written:
     return Written(note=f"lr {settings.row_lr:g}; {settings.distill_lr:g}")
 
 
-def _lora(inputs: Inputs, output: Path, *, distilled: bool) -> Written:
+def _lora(inputs: Inputs, output: Path, *, epochs: int) -> Written:
     from baselines.lora import equal_rank, lora
-    from baselines.pair import load_pair, write_pxd
+    from baselines.pair import load_pair
 
     _, ids = tokens(inputs)
     pair = load_pair(inputs.base, inputs.fine_tuned)
     shapes = [tuple(layer.weight.shape) for _, layer, _ in pair.linears()]
     rank = equal_rank(shapes, sum(rows * columns for rows, columns in shapes) // 8)  # the bytes of one mask
-    modules = lora(pair, rank, ids[inputs.fit :] if distilled else None)
-    # The merged weights are stored exactly, so that all methods are evaluated by the same code.
-    write_pxd(output, pair, {}, merged={name: module.rounded() for name, module in modules.items()})
-    replaced = sum(rows * columns for rows, columns in shapes) * 2 - sum(2 * rank * sum(shape) for shape in shapes)
+    modules = lora(pair, rank, ids[inputs.fit :] if epochs else None, epochs=epochs)
+    stored = sum(2 * rank * sum(shape) for shape in shapes)
+    note = f"rank {rank}" + (f", lr 1e-4, epochs {epochs}" if epochs else "")
+    return _merged(output, pair, {name: module.rounded() for name, module in modules.items()}, stored, note)
+
+
+def _delta_come(inputs: Inputs, output: Path) -> Written:
+    from baselines.delta_come import delta_come
+    from baselines.pair import load_pair
+
+    _, ids = tokens(inputs)
+    pair = load_pair(inputs.base, inputs.fine_tuned)
+    modules = delta_come(pair, ids[: inputs.fit])
+    bases = {name: student.weight.detach() for name, _, student in pair.linears()}
+    merged = {name: bases[name] + module.left @ module.right for name, module in modules.items()}
+    ranks = sorted(module.left.shape[1] for module in modules.values())
+    note = f"rank {ranks[0]} to {ranks[-1]}, 8 + 3 + 2 bits"
+    return _merged(output, pair, merged, sum(module.bytes for module in modules.values()), note)
+
+
+def _merged(output: Path, pair: Any, merged: Mapping[str, Any], stored: int, note: str) -> Written:
+    """Write merged weights exactly, so that all methods are evaluated by the same code; count `stored` bytes instead.
+
+    merged: float32 [d_out, d_in] by the name of the layer. The file has them in two bytes a weight.
+    """
+    from baselines.pair import write_pxd
+
+    write_pxd(output, pair, {}, merged=merged)
+    replaced = sum(2 * weight.numel() for weight in merged.values()) - stored
     found = inspected(output)
     payload = sum(line.bytes for line in found.modules) - replaced
-    note = f"rank {rank}" + (", lr 1e-4" if distilled else "")
     return Written(note=note, bytes=found.bytes - replaced, payload=payload)
 
 
@@ -187,7 +211,17 @@ _LONG = {"distill_samples": 2950, "generated_samples": 3000, "held_out": 0.05, "
 # In this order, because later methods read the sizes of earlier ones. "one axis": one vector a module, like the paper.
 # The second group is for models of 100 M parameters and more: the papers' own loops take hours there.
 # The third is one curve: the whole file so many times smaller than the checkpoint.
-LARGE = ("lora-svd", "lora", "scalar", "scalar-distilled", "adamw", "default", "default-distilled")
+LARGE = (
+    "lora-svd",
+    "lora-brief",
+    "lora",
+    "delta-come",
+    "scalar",
+    "scalar-distilled",
+    "adamw",
+    "default",
+    "default-distilled",
+)
 RATIOS = {f"ratio-{ratio}": ratio for ratio in (4, 6, 8, 12, 16, 24)}
 METHODS: Mapping[str, Method] = {
     "bitdelta-init": ("BitDelta, no distillation", lambda i, o: _bitdelta(i, o, distilled=False)),
@@ -195,8 +229,10 @@ METHODS: Mapping[str, Method] = {
     "paper-fit": ("paper, no distillation", lambda i, o: _paper(i, o, distilled=False)),
     "paper": ("paper", lambda i, o: _paper(i, o, distilled=True)),
     "paper-tuned": ("paper, rates tuned", _paper_tuned),
-    "lora-svd": ("LoRA of the bytes of one mask, no training", lambda i, o: _lora(i, o, distilled=False)),
-    "lora": ("LoRA of the bytes of one mask", lambda i, o: _lora(i, o, distilled=True)),
+    "lora-svd": ("LoRA of the bytes of one mask, no training", lambda i, o: _lora(i, o, epochs=0)),
+    "lora-brief": ("LoRA of the bytes of one mask, one epoch", lambda i, o: _lora(i, o, epochs=1)),
+    "lora": ("LoRA of the bytes of one mask, five epochs", lambda i, o: _lora(i, o, epochs=5)),
+    "delta-come": ("Delta-CoMe of the bytes of one mask", _delta_come),
     "scalar": ("one closed-form scale", lambda i, o: _ours(i, o, **_SCALAR)),
     "scalar-distilled": ("one closed-form scale, distilled", lambda i, o: _ours(i, o, **_SCALAR, **_distilled(i))),
     "adamw": ("paper, by --fit adamw", lambda i, o: _ours(i, o, fit="adamw", embeddings="full", **_distilled(i))),

@@ -27,7 +27,9 @@ def baselines() -> ModuleType:
     sys.path.insert(0, str(BENCHMARKS))
     import baselines
     import baselines.bitdelta
+    import baselines.delta_come
     import baselines.distill
+    import baselines.lora
     import baselines.pair
     import baselines.paper
     import baselines.tuned
@@ -164,3 +166,97 @@ def test_tuning_never_ends_worse_than_the_papers_own_rate(baselines: Any) -> Non
     best, _ = baselines.tuned._climb(attempt, baselines.tuned._rates(1e-4), lambda error: error)
     assert best == pytest.approx(3e-3)  # the search passes one bad rate and stops after two
     assert len(tried) == 6
+
+
+@pytest.fixture(scope="module")
+def decaying() -> tuple[torch.Tensor, torch.Tensor]:
+    """A delta [300, 200] whose singular values decay, and inputs [200, 2000] of unequal sizes."""
+    draw = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(300, 200, generator=draw))
+    v, _ = torch.linalg.qr(torch.randn(200, 200, generator=draw))
+    sizes = torch.logspace(1, -1, 200)[:, None]
+    inputs = sizes * torch.randn(200, 2000, generator=draw)
+    return 0.01 * (u * torch.arange(1, 201) ** -0.7) @ v.T, inputs
+
+
+def output_error(delta: torch.Tensor, approximation: torch.Tensor, inputs: torch.Tensor) -> float:
+    return float(((approximation - delta) @ inputs).norm() / (delta @ inputs).norm())
+
+
+def test_more_bytes_of_delta_come_mean_less_error(baselines: Any, decaying: Any) -> None:
+    delta, inputs = decaying
+    errors = []
+    for budget in (0, 1000, 2000, 4000, 7500, 12_000):
+        found = baselines.delta_come.mixed_precision(delta, inputs @ inputs.T, budget)
+        assert budget - 150 < found.bytes <= budget or budget == 0 == found.bytes  # a pair of 2 bits takes 135 bytes
+        errors.append(output_error(delta, found.left @ found.right, inputs))
+    assert errors[0] == 1.0
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.4
+
+
+def test_the_bytes_of_delta_come_hold_its_codes_and_steps(baselines: Any, decaying: Any) -> None:
+    delta, inputs = decaying
+    found = baselines.delta_come.mixed_precision(delta, inputs @ inputs.T, delta.numel() // 8)
+    widths = baselines.delta_come.bit_widths(tuple(delta.shape), delta.numel() // 8)
+    assert widths[:3] == [8, 8, 3]
+    assert widths[34:] == [2] * (len(widths) - 34)
+    assert len(widths) > 34
+    bits = 0
+    for vectors in (found.left.T, found.right):
+        for width, vector in zip(widths, vectors, strict=True):
+            for group in vector.split(128):
+                levels = group.unique()
+                # Levels lie a multiple of one step apart, and there are no more than the bits can name.
+                codes = (levels - levels[0]) / levels.diff().min()
+                torch.testing.assert_close(codes, codes.round(), rtol=0, atol=0.02)
+                assert codes[-1] < 2**width
+                bits += width * len(group) + 16
+    assert found.bytes == -(-bits // 8)
+
+
+def test_delta_come_is_nearer_than_singular_vectors_of_equal_bytes(baselines: Any, decaying: Any) -> None:
+    delta, inputs = decaying
+    for budget in (4000, delta.numel() // 8):
+        found = baselines.delta_come.mixed_precision(delta, inputs @ inputs.T, budget)
+        rank = baselines.lora.equal_rank([tuple(delta.shape)], budget)
+        left, right = baselines.lora.truncated(delta, rank)
+        plain = output_error(delta, left @ right, inputs)
+        assert output_error(delta, found.left @ found.right, inputs) < 0.9 * plain
+
+
+def test_gptq_loses_less_of_the_outputs_than_the_nearest_levels(baselines: Any, decaying: Any) -> None:
+    delta, inputs = decaying
+    inputs = 0.1 * inputs + inputs[:, :20] @ inputs[:20]  # most of it in 20 directions, as activations are
+    bits = torch.full((len(delta), 1), 2)
+    errors = {}
+    for name, hessian in (("gptq", inputs @ inputs.T), ("nearest", torch.eye(len(inputs)))):
+        errors[name] = output_error(delta, baselines.delta_come.gptq(delta, bits, hessian, tall=1), inputs)
+    assert errors["gptq"] < 0.8 * errors["nearest"]
+
+
+def test_delta_comes_file_has_the_merged_weights_and_its_bytes_are_the_factors(
+    baselines: Any, pair: Any, folder: Path, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    import fidelity_methods
+
+    text = folder / "train.jsonl"
+    base, fine_tuned = folder / "base", folder / "tuned"
+    settings = {"length": 24, "work": tmp_path, "fit": 8, "distill": 8}
+    inputs = fidelity_methods.Inputs(base=base, fine_tuned=fine_tuned, calibration=text, tuning=text, **settings)
+    written = fidelity_methods.METHODS["delta-come"][1](inputs, tmp_path / "out.pxd")
+    modules = baselines.delta_come.delta_come(pair, ids[:8])
+    model = load_model(base, tmp_path / "out.pxd", dtype=torch.float32)
+    for name, _, student in pair.linears():
+        merged = student.weight + modules[name].left @ modules[name].right
+        assert torch.equal(model.get_submodule(name).weight, merged.to(torch.bfloat16).float())
+    theirs = dict(pair.teacher.named_parameters())
+    exact = sum(2 * tensor.numel() for name, tensor in theirs.items() if name.removesuffix(".weight") not in modules)
+    assert written.payload == exact + sum(module.bytes for module in modules.values())
+
+
+def test_the_hessians_are_those_of_the_fine_tunes_inputs(baselines: Any, pair: Any, ids: torch.Tensor) -> None:
+    name, teacher, _ = list(pair.linears())[-1]
+    inputs = torch.cat(baselines.paper._gather(pair.teacher, teacher, ids[:4], 2, output=False))
+    found = baselines.delta_come._hessians(pair, ids[:4])[name]
+    torch.testing.assert_close(found, inputs.T @ inputs)
