@@ -9,10 +9,9 @@ from typing import TypeVar
 from peraxis_format import arguments
 from peraxis_tools.errors import OptionError
 
-__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "one_name", "refuse_idle", "sequence"]
+__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "refuse_idle", "sequence"]
 
 T = TypeVar("T", str, "str | Path")
-V = TypeVar("V")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
@@ -41,13 +40,6 @@ def refuse_idle(why: str, **given: object) -> None:
     for name, value in given.items():
         if value is not None and value is not False and value != () and value != []:
             raise OptionError(f"{name} does nothing {why}; leave it out")
-
-
-def one_name(name: str, value: V | None, former: str, given: V | None) -> V | None:
-    """The value of an option that has two names. Raises OptionError if both are given."""
-    if value is not None and given is not None:
-        raise OptionError(f"{former} is another name of {name}; give only one of them")
-    return given if value is None else value
 
 
 def sequence(value: T | Sequence[T]) -> list[T]:

@@ -15,7 +15,6 @@ from peraxis_tools.commands.options import (
     SIZE,
     base_revision_option,
     json_option,
-    masks_option,
     overwrite_option,
     quiet_option,
     refuse_given,
@@ -83,8 +82,9 @@ class _Compress(click.Command):
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
-@masks_option(
-    MASKS,
+@click.option(
+    "--masks",
+    type=MASKS,
     help="Masks for each module, 1 to 8. auto: the bytes of one for each go where they help most.  [default: auto]",
 )
 @click.option("--target-size", type=SIZE, help="The size of the file, like 1.2GB. Masks go where they help most.")
@@ -176,8 +176,6 @@ def command(
     if config is not None and given["recipe"] is not None and is_delta(config):
         refuse_given("recipe", why=f"beside --config {config}, which has every option")
     values = read_options(config) if config is not None else {}
-    if given["masks"] is not None:
-        values.pop("bits", None)  # the former name, which a .pxd has
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
     if dry_run:

@@ -11,7 +11,6 @@ import peraxis_format as pxd
 from peraxis_tools.commands.options import (
     Finite,
     json_option,
-    masks_option,
     overwrite_option,
     quiet_option,
     refuse_given,
@@ -44,7 +43,9 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.option(
     "--weights", metavar="W,W,...", callback=_numbers, help="One weight for each delta. A weight may be negative."
 )
-@masks_option(click.INT, help=f"Fit the sum into this many masks for each module, 1 to {pxd.COMPONENTS_MAX}.")
+@click.option(
+    "--masks", type=click.INT, help=f"Fit the sum into this many masks for each module, 1 to {pxd.COMPONENTS_MAX}."
+)
 @click.option("--method", type=click.Choice(["linear", "ties", "dare"]), help="The method, with the names of mergekit.")
 @click.option("--density", default=0.5, show_default=True, type=Finite(1e-6, 1), help="The density of ties and dare.")
 @click.option(

@@ -26,7 +26,6 @@ __all__ = [
     "RenamedOption",
     "base_revision_option",
     "json_option",
-    "masks_option",
     "overwrite_option",
     "prefer_option",
     "quiet_option",
@@ -162,20 +161,5 @@ def threads_option(last: str) -> Callable[[Callable[..., None]], Callable[..., N
             help=f"The number of threads, also of child processes; another number may change {last}.  "
             "[default: one for each core]",
         )(run)
-
-    return decorate
-
-
-def masks_option(kind: click.ParamType[Any], *, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`--masks`, passed as `masks`; its former name `--bits` still works but is not shown."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def run(*args: Any, masks: Any = None, bits: Any = None, **given: Any) -> None:
-            if masks is not None and bits is not None:
-                raise ToolError("--bits is another name of --masks; give only one of them")
-            command(*args, masks=bits if masks is None else masks, **given)
-
-        return click.option("--masks", type=kind, help=help)(click.option("--bits", type=kind, hidden=True)(run))
 
     return decorate

@@ -7,7 +7,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from peraxis_tools.arguments import one_name
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.run.run import CompressResult
@@ -33,7 +32,7 @@ def compress(
     *,
     recipe: Recipe | None = None,
     fit: Fit | None = None, axis: AxisChoice | None = None,
-    masks: int | Literal["auto"] | None = None, bits: int | None = None,
+    masks: int | Literal["auto"] | None = None,
     target_size: int | str | None = None, target_ratio: float | None = None, embeddings: Embeddings | None = None,
     exact: str | None = None, prefer: Literal["size", "speed"] | None = None,
     calibration: str | Path | Sequence[str | Path] | None = None, text_column: str | None = None,
@@ -67,13 +66,12 @@ def compress(
 
     CompressOptions explains all; they are those of the command line. None means the default, or the value of `recipe`.
     Pass either options by name or one CompressOptions as `options`. base_id: the hub id of a base that is a folder.
-    force: write the delta even if it saves little. Sizes are bytes, or texts like 1.2GB. bits: another name of masks.
+    force: write the delta even if it saves little. Sizes are bytes, or texts like 1.2GB.
     progress is called as progress(step, done, total); True shows bars. show_plan is called once with the plan before
     the weights are fitted.
     Raises ToolError before any work if the pair or the options are wrong.
     """
     given = locals()  # the parameters and nothing else: this is the first statement
-    given["masks"] = one_name("masks", masks, "bits", bits)
     choices = {name: given[name] for name in _CHOICES if given[name] is not None}
     if options is not None and choices:
         raise OptionError(f"options: pass a CompressOptions or {', '.join(choices)} by name, not both")

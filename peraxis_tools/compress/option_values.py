@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from peraxis_tools.errors import OptionError
-from peraxis_tools.former_names import present
 from peraxis_tools.sizes import parse_size
 
 __all__ = ["AUTO", "named", "texts", "typed"]
@@ -32,14 +31,14 @@ _KIND_NAMES: Final[Mapping[type, str]] = {
 
 
 def named(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """The values by the present names of options. Raises OptionError for an option under two names."""
+    """The values by the names of options, with `_` for `-`. Raises OptionError for an option that is given twice."""
     keys: dict[str, object] = {}
     found: dict[str, Any] = {}
     for key, given in values.items():
-        name, value = present(str(key).replace("-", "_"), given)
+        name = str(key).replace("-", "_")
         if name in keys:
             raise OptionError(f"{key} is another name of {keys[name]}; give only one of them")
-        keys[name], found[name] = key, value
+        keys[name], found[name] = key, given
     return found
 
 

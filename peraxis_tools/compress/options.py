@@ -71,8 +71,8 @@ class CompressOptions:
     fit            none: mean |delta|, without text; closed-form: scales from the calibration text; refined: signs
                    too; adamw: the paper's method; auto: refined if a calibration text is given, else none
     axis           the axis of the scales; auto takes the best one for each module
-    masks          the number of sign masks (components) of each module, 1 to 8; auto (in files `bits: 1`): one, and
-                   with embeddings auto the bytes of this plan are spent where they help most
+    masks          the number of sign masks (components) of each module, 1 to 8; auto: one, and with embeddings auto
+                   the bytes of this plan are spent where they help most
     target_size    the size of the file; or target_ratio, the fine-tuned size over it. Masks go where they help most
     exact          None; a regular expression: the tensors that it finds are stored losslessly, as `same`, an exact
                    update or `full`, the smallest of them (.* means all: a lossless file); auto: the tensors that
@@ -258,11 +258,6 @@ class CompressOptions:
         """The options that determine the bytes of the file, for the manifest and for resuming; floats as strings."""
         chosen = asdict(self) | {"calibration": without_folders(self.calibration)}
         values = {name: value for name, value in chosen.items() if name not in _NOT_CONTENT}
-        if self.masks != 1:  # files of earlier versions have bits, where 1 is this auto
-            values["bits"] = self.least_masks
-            del values["masks"]
-        if self.prefer == "size":
-            del values["prefer"]  # files of earlier versions do not have it
         return {name: repr(value) if isinstance(value, float) else value for name, value in values.items()}
 
     def canonical_json(self) -> str:
@@ -271,7 +266,7 @@ class CompressOptions:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML (or JSON) file that holds one mapping, by the present names of options. Raises OptionError otherwise."""
+    """A YAML (or JSON) file that holds one mapping, by the names of options. Raises OptionError otherwise."""
     options = named(read_mapping(path))
     _refuse_unknown(options, where=f"{path}: ")
     return options

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 
 import peraxis_format as pxd
 from peraxis_tools.diff.result import ManifestChange
-from peraxis_tools.former_names import present
 
 __all__ = ["manifest_changes"]
 
@@ -57,8 +56,6 @@ def _metadata(name: str, value: str) -> Iterable[tuple[str, str | None]]:
         yield field, value
         return
     for key, item in found.items():
-        if name == "peraxis.config":
-            key, item = present(key, item)
         yield f"{field}.{key}", json.dumps(item, ensure_ascii=False)
 
 

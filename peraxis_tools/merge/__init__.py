@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import one_name, sequence
+from peraxis_tools.arguments import sequence
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.delta_parts import join_parts, refuse_part
 from peraxis_tools.errors import CheckFailedError, OptionError, ToolError
@@ -103,7 +103,6 @@ def merge(
     weights: float | Sequence[float],
     mixture: Mixture | None = None,
     masks: int | None = None,
-    bits: int | None = None,
     base: str | Path | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -112,14 +111,13 @@ def merge(
     """Write the merge of deltas on one base.
 
     weights: one for each delta. mixture: the method, by default the weighted sum. masks: the number of masks of a
-    module in the result (`bits` is another name). None keeps all components of a weighted sum; for `ties` and `dare` it
-    means the sum of the inputs' masks, at most 8. base: the checkpoint of the base. It is needed for exact tensors,
+    module in the result. None keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the
+    inputs' masks, at most 8. base: the checkpoint of the base. It is needed for exact tensors,
     except for a sum of equal ones with weights that sum to 1. name: the name of the merged checkpoint. progress: called
     with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError for different bases,
     ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
-    masks = one_name("masks", masks, "bits", bits)
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise OptionError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
@@ -259,7 +257,7 @@ def _writer(
 
 
 def _how(mixture: Mixture, masks: int | None) -> dict[str, Any]:
-    how: dict[str, Any] = {"method": mixture.method, "bits": masks, "normalize": mixture.normalized}
+    how: dict[str, Any] = {"method": mixture.method, "masks": masks, "normalize": mixture.normalized}
     if not mixture.is_sum:
         how["density"] = repr(mixture.density)
     if mixture.method == "dare":

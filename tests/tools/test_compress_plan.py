@@ -13,7 +13,7 @@ import pytest
 
 import peraxis_format as pxd
 from peraxis_tools.compress import CompressOptions, OptionError, Plan
-from peraxis_tools.compress.options import RECIPES, read_yaml
+from peraxis_tools.compress.options import RECIPES
 from peraxis_tools.compress.plan.budget import Choice, allocate
 from peraxis_tools.compress.plan.plan import plan
 from peraxis_tools.sizes import parse_size
@@ -144,20 +144,9 @@ def test_options_survive_their_own_json_and_refuse_what_they_do_not_know() -> No
         *(CompressOptions(masks=masks) for masks in ("auto", 1, 2)),
     ):
         assert CompressOptions.from_mapping(json.loads(options.canonical_json())) == options
-    assert CompressOptions().content()["bits"] == 1  # as files of earlier versions have it
-    for values in ({"nonsense": 1}, {"bits": 9}, {"masks": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
+    for values in ({"nonsense": 1}, {"masks": 9}, {"masks": "two"}, {"axis": "diagonal"}, {"fit": "refined"}):
         with pytest.raises(OptionError):
             CompressOptions.from_mapping(values)
-
-
-def test_bits_is_another_name_of_masks_and_stays_the_name_in_files(tmp_path: Path) -> None:
-    (tmp_path / "old.yaml").write_text("bits: 3\n")
-    options = CompressOptions.from_yaml(tmp_path / "old.yaml")
-    assert options == CompressOptions(masks=3)
-    assert options.content()["bits"] == 3
-    assert "masks" not in options.content()
-    with_option = read_yaml(tmp_path / "old.yaml") | {"masks": 2}  # as --config and an option that overrides it
-    assert CompressOptions.from_mapping(with_option).masks == 2
 
 
 def test_an_option_that_is_given_wins_over_its_recipe() -> None:

@@ -185,7 +185,10 @@ def test_new_rows_count_in_no_distance_and_no_norm_and_are_told(tmp_path: Path, 
 def test_metadata_that_is_json_differs_by_key(tmp_path: Path) -> None:
     _, a, _ = pair_of_deltas(1, (4, 8), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
     paths = []
-    for name, config in (("a", {"bits": 1, "seed": 0, "plan": "x" * 90 + "a"}), ("b", {"bits": 2, "plan": "x" * 90})):
+    for name, config in (
+        ("a", {"masks": "auto", "seed": 0, "plan": "x" * 90 + "a"}),
+        ("b", {"masks": 2, "plan": "x" * 90}),
+    ):
         paths.append(tmp_path / f"{name}.pxd")
         identity = pxd.Identity(id="m")
         metadata = {"peraxis.config": json.dumps(config), "note": name}
@@ -196,7 +199,7 @@ def test_metadata_that_is_json_differs_by_key(tmp_path: Path) -> None:
     key = "metadata['peraxis.config']"
     assert {change.field: (change.a, change.b) for change in found.manifest_changes} == {
         "metadata['note']": ("a", "b"),
-        f"{key}.masks": ('"auto"', "2"),  # the option's name; in files it has its former one
+        f"{key}.masks": ('"auto"', "2"),
         f"{key}.seed": ("0", None),
         f"{key}.plan": ('"' + "x" * 90 + 'a"', '"' + "x" * 90 + '"'),
     }

@@ -181,18 +181,3 @@ def test_the_command_merges_and_says_so(tmp_path: Path) -> None:
     assert json.loads(shown.stdout)["kind"] == "sum"
     fitted = CliRunner().invoke(command, [*paths, "--method", "ties", "--masks", "2", "-o", out, "--overwrite"])
     assert "relative error of the fit" in fitted.stdout
-
-
-def test_bits_is_an_old_name_of_masks_that_no_help_shows(tmp_path: Path) -> None:
-    _, a, b = pair_of_deltas(1, (16, 24), (pxd.Axis.ROW,), (pxd.Axis.COL,))
-    paths = [str(write_delta(tmp_path / name, [m])) for name, m in (("a.pxd", a), ("b.pxd", b))]
-    made = {}
-    for option in ("--masks", "--bits"):
-        out = tmp_path / f"{option}.pxd"
-        done = CliRunner().invoke(command, [*paths, "--method", "ties", option, "2", "-o", str(out)])
-        assert done.exit_code == 0, done.output
-        made[option] = out.read_bytes()
-    assert made["--masks"] == made["--bits"]
-    assert "--bits" not in CliRunner().invoke(command, ["--help"]).output
-    both = CliRunner().invoke(command, [*paths, "--method", "ties", "--masks", "2", "--bits", "1", "-o", "x.pxd"])
-    assert "--bits is another name of --masks" in str(both.exception)
