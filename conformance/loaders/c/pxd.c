@@ -240,11 +240,10 @@ static text digest(json *j, const char *algorithm) {
     for (size_t i = s.n - 64; i < s.n; i++) need(one_of(s.p[i], "0123456789abcdef"), j->code);
     return s;
 }
-static int which(json *j, const char *const *words) {
+static int which(json *j, const char *const *words) { /* in a base a dtype may be unknown (SPEC 7) */
     int i = 0;
     for (text s = string(j); words[i] && !is(s, words[i]);) i++;
-    bool foreign = words == DTYPES && j->code[1] == '4'; /* in a base a dtype may be unknown (SPEC 7) */
-    need(words[i] || foreign, words == DTYPES && j->code[1] == '1' ? "E119" : j->code);
+    need(words[i] || (words == DTYPES && j->code[1] == '4'), words == DTYPES && j->code[1] == '1' ? "E119" : j->code);
     return i;
 }
 
