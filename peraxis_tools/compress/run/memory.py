@@ -1,4 +1,6 @@
-"""The memory of a run beside that of the machine: one line before the work, because a run that is killed says nothing.
+"""The memory of a fit on text beside that of the machine: one line before the work, as a killed run says nothing.
+
+A fit on another device than a CPU is not checked.
 
 The estimate (plan/estimate.py) is within 20% of what runs take. So a run is refused only if its estimate is more than
 20% above all memory of the machine, swap included: it cannot fit. If it is above what is free now, a note says so and
