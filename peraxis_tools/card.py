@@ -209,7 +209,7 @@ def _section(repository: str, delta: CardDelta) -> Iterator[str]:
     yield ""
     yield (
         f"A full fine-tune of {_md(delta.base.id)} as {kind} in the PXD format: {found.bytes:,} bytes "
-        f"for a checkpoint of {found.full_bytes:,}, **{times_smaller(found.ratio)}**."
+        f"for a checkpoint of {found.full_bytes:,}, **{times_smaller(found.full_bytes, found.bytes)}**."
     )
     yield ""
     yield from _facts(delta)

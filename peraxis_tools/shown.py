@@ -27,9 +27,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def times_smaller(ratio: float) -> str:
-    """`6.7 times smaller`, or `1.2 times larger`. ratio: the checkpoint's size over that of the file."""
-    return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times larger"
+def times_smaller(full: int, stored: int) -> str:
+    """`6.7 times smaller`, or `1.2 times larger`. full, stored: bytes of the checkpoint and of the file."""
+    full, stored = max(full, 1), max(stored, 1)
+    return f"{full / stored:.1f} times smaller" if full >= stored else f"{stored / full:.1f} times larger"
 
 
 def size(count: float) -> str:

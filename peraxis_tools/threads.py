@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from peraxis_tools.process_context import ProcessContext
 
-__all__ = ["limit_torch", "one_blas_thread", "pool_size", "threads_asked_for", "use_threads"]
+__all__ = ["THREADS_MAX", "limit_torch", "one_blas_thread", "pool_size", "threads_asked_for", "use_threads"]
 
+THREADS_MAX: Final = 4096  # more than machines have; OpenMP ends the process where it cannot start so many
 _VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _limit: int | None = None
 

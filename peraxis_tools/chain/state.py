@@ -32,7 +32,7 @@ class ChainState(DerivedCheckpoint):
 
     def _take_over(self, update: pxd.DeltaFile) -> None:
         pxd.check_base_names(update.manifest, self)
-        self._tensors = _infos_after(update)
+        self._tensors, self._foreign = _infos_after(update), {}  # an update names all that its state has
 
     def _whole(self, name: str) -> pxd.Array:
         """A tensor after all updates, from the newest one without a base for it, or from the base."""
@@ -71,6 +71,7 @@ class NoState(DerivedCheckpoint):
 
     def __init__(self, base: pxd.Safetensors) -> None:
         super().__init__(base, (), label="no state")
+        self._foreign = {}
 
     def _whole(self, name: str) -> pxd.Array:
         raise KeyError(name)

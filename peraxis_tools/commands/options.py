@@ -17,7 +17,7 @@ from peraxis_format.ops.compiling import PROGRESS
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import LOGGER
 from peraxis_tools.sizes import parse_size
-from peraxis_tools.threads import use_threads
+from peraxis_tools.threads import THREADS_MAX, use_threads
 
 __all__ = [
     "MASKS",
@@ -157,7 +157,7 @@ def threads_option(last: str) -> Callable[[Callable[..., None]], Callable[..., N
 
         return click.option(
             "--threads",
-            type=click.IntRange(min=1),
+            type=click.IntRange(1, THREADS_MAX),
             help=f"The number of threads, also of child processes; another number may change {last}.  "
             "[default: one for each core]",
         )(run)

@@ -57,8 +57,7 @@ class SpecialToken:
 class Tail:
     """KL by position, in nats, which shows large local errors that a good mean hides.
 
-    share_of_worst_1: the share of the total KL in the worst 1% of the positions. worst: none of equal
-    models.
+    share_of_worst_1: the share of the total KL in the worst 1% of the positions. worst: empty for equal models.
     """
 
     median: float

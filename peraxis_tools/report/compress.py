@@ -34,17 +34,17 @@ def plan_lines(plan: Plan) -> None:
         f"{count} exact ({'asked for' if reason == EXACT else reason})" for reason, count in sorted(exact.items())
     ]
     whole = plan.payload_bytes if plan.file_bytes is None else plan.file_bytes
-    ratio = plan.full_bytes / max(whole, 1)
     print_note(f"plan: {', '.join(parts)}")
     if exact[EXACT]:  # their bytes follow from the number of changes
         print_note(f"plan: at most {size(whole)} of {size(plan.full_bytes)}")
     else:
-        print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {times_smaller(ratio)}")
+        print_note(f"plan: {size(whole)} of {size(plan.full_bytes)}, {times_smaller(plan.full_bytes, whole)}")
 
 
 def render_dry_run(result: RunEstimate, console: Console) -> None:
     """Print the bytes, memory and time of a run, in total and by stage."""
-    bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {times_smaller(result.ratio)}")
+    smaller = times_smaller(result.full_bytes, result.bytes)
+    bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {smaller}")
     console.print(
         f"would be  {bound}{size(result.bytes)} of {size(result.full_bytes)}{ratio}: "
         f"{result.encodings.get('sign', 0)} of {result.module_count} modules with signs"
@@ -62,7 +62,7 @@ def render_compress(result: CompressResult, console: Console) -> None:
     """Print the file, its sizes, the fit, and the modules that differ from the plan."""
     console.print(
         f"[bold green]compressed[/]  {text(result.path)}  {size(result.bytes)} of {size(result.full_bytes)}, "
-        f"{times_smaller(result.ratio)}"
+        f"{times_smaller(result.full_bytes, result.bytes)}"
     )
     console.print(f"content  {text(result.content_id)}")
     axes = ", ".join(f"{axis} {count}" for axis, count in result.axis_counts.items()) or "none"

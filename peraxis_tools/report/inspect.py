@@ -51,7 +51,7 @@ def _summary(result: InspectResult, console: Console) -> None:
         console.print(f"previous     {text(manifest.previous or 'none')}")
     console.print(
         f"size         {size(result.bytes)} for a checkpoint of {size(result.full_bytes)}: "
-        f"[bold green]{times_smaller(result.ratio)}[/]"
+        f"[bold green]{times_smaller(result.full_bytes, result.bytes)}[/]"
     )
     console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
     part = part_of(manifest, result.path)

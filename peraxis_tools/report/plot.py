@@ -46,7 +46,8 @@ def plot(result: InspectResult, details: Details, path: Path, *, overwrite: bool
         figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
         grid = figure.add_gridspec(rows, 2)
         name = _plain(result.manifest.fine_tuned.id)
-        figure.suptitle(f"{name}   {size(result.bytes)}, {times_smaller(result.ratio)}", fontsize=11)
+        smaller = times_smaller(result.full_bytes, result.bytes)
+        figure.suptitle(f"{name}   {size(result.bytes)}, {smaller}", fontsize=11)
         for i, panel in enumerate(panels):
             # An odd panel at the end takes the whole row.
             columns = slice(None) if i == 2 * rows - 2 == len(panels) - 1 else i % 2

@@ -53,7 +53,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_lowers_it() -> None:
 def test_a_run_is_refused_before_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned, text = llama_pair(tmp_path)
     run = importlib.import_module("peraxis_tools.compress.run.calibrated")
-    monkeypatch.setattr(run, "machine_memory", lambda: MachineMemory(available=1 << 20, total=1 << 20))
+    monkeypatch.setattr(run, "machine_memory", lambda: MachineMemory(available=0, total=1 << 20))
     stages: set[str] = set()
     with pytest.raises(ToolError, match=r"memory: the stage .* needs about .*, and this machine has 1.05 MB; "):
         compress(
@@ -71,9 +71,9 @@ def test_nothing_is_said_where_the_system_says_nothing(tmp_path: Path) -> None:
 
 
 def system(folder: Path, **groups: str) -> MachineMemory | None:
-    """The memory of a system with these files of groups: __ for a dot, v1 for the folder of the first kind."""
+    """The memory of a system with these files of its groups: __ is a dot, v1_ the folder of the first version."""
     (folder / "meminfo").write_text("MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 6000 kB\nSwapTotal: 1000 kB\n")
-    (folder / "memory").mkdir()
+    (folder / "memory").mkdir(exist_ok=True)
     for name, content in groups.items():
         (folder / name.replace("v1_", "memory/").replace("__", ".")).write_text(content)
     return machine_memory(proc=folder, groups=folder)
@@ -83,12 +83,60 @@ def test_a_machine_has_its_memory_and_its_swap(tmp_path: Path) -> None:
     assert system(tmp_path, memory__max="max\n") == MachineMemory(available=6000 << 10, total=9000 << 10)
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_container_has_no_more_than_its_limit(tmp_path: Path, first: bool) -> None:
-    names = ("v1_memory.limit_in_bytes", "v1_memory.usage_in_bytes", "v1_memory.stat")
-    names = names if first else ("memory__max", "memory__current", "memory__stat")
-    files = dict(zip(names, ("5000000\n", "3000000\n", "anon 5\ninactive_file 400000\n"), strict=True))
-    assert system(tmp_path, **files) == MachineMemory(available=2_400_000, total=5_000_000)
+LIMITED = ("5000000\n", "3000000\n", "anon 5\ninactive_file 400000\n")
+NAMES = {
+    "second": ("memory__max", "memory__current", "memory__stat"),
+    "first": ("v1_memory.limit_in_bytes", "v1_memory.usage_in_bytes", "v1_memory.stat"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "swap", "total"),
+    [
+        ("second", {}, 5_000_000 + 1_024_000),
+        ("second", {"memory__swap__max": "max\n"}, 5_000_000 + 1_024_000),
+        ("second", {"memory__swap__max": "24000\n"}, 5_024_000),
+        ("second", {"memory__swap__max": "0\n"}, 5_000_000),
+        ("first", {"v1_memory.memsw.limit_in_bytes": "5024000\n"}, 5_024_000),
+        ("first", {"v1_memory.memsw.limit_in_bytes": "9223372036854771712\n"}, 5_000_000 + 1_024_000),
+        ("first", {"v1_memory.memsw.limit_in_bytes": "-1\n"}, 5_000_000 + 1_024_000),
+    ],
+)
+def test_a_container_has_no_more_than_its_limit_and_its_share_of_swap(
+    kind: str, swap: dict[str, str], total: int, tmp_path: Path
+) -> None:
+    files = dict(zip(NAMES[kind], LIMITED, strict=True)) | swap
+    assert system(tmp_path, **files) == MachineMemory(available=2_400_000, total=total)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ("0::/slice/job/task\n", "slice/job"),
+        ("0::/../slice/job\n", "slice/job"),
+        ("5:cpu:/\n4:memory,hugetlb:/slice/job\n", "memory/slice/job"),
+    ],
+)
+def test_the_limit_of_a_group_above_that_of_the_process_counts(line: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text(line)
+    (tmp_path / folder).mkdir(parents=True)
+    names = NAMES["first" if folder.startswith("memory") else "second"]
+    for name, content in zip(names, LIMITED, strict=True):
+        (tmp_path / folder / name.removeprefix("v1_").replace("__", ".")).write_text(content)
+    assert system(tmp_path) == MachineMemory(available=2_400_000, total=5_000_000 + 1_024_000)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "max", "²", "9" * 5000, "-1", "x 1\n\n y", "\x00", "5 kB 7"])
+def test_odd_files_of_a_system_say_nothing(text: str, tmp_path: Path) -> None:
+    names = (name for kind in NAMES.values() for name in kind)
+    files = dict.fromkeys([*names, "memory__swap__max", "v1_memory.memsw.limit_in_bytes"], text)
+    assert system(tmp_path, **files) == MachineMemory(available=6000 << 10, total=9000 << 10)
+    (tmp_path / "self").mkdir(exist_ok=True)
+    for name in ("self/cgroup", "self/status", "meminfo"):
+        (tmp_path / name).write_text(text)
+    assert held_bytes(proc=tmp_path) == 0
+    assert machine_memory(proc=tmp_path, groups=tmp_path) is None
 
 
 def test_a_first_kind_of_container_without_a_limit_has_that_of_the_machine(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 import peraxis_format as pxd
 from peraxis_tools import apply, compress, diff, verify
+from peraxis_tools.chain.state import NoState
 from peraxis_tools.chain.write import update
 
 
@@ -55,6 +56,34 @@ def test_in_a_base_they_are_ignored_by_every_verb_and_listed_as_dropped(
             with pxd.Safetensors.open(tmp_path / folder) as found:
                 assert list(found) == list(wanted)
                 assert all((found.read(name) == wanted.read(name)).all() for name in wanted)
+
+
+def test_a_state_after_an_update_has_none_so_the_next_update_neither_drops_nor_refuses_them(
+    tmp_path: Path, pair: tuple[Path, Path]
+) -> None:
+    base, tuned = pair
+    more = {"a.weight": torch.ones(16, 16).bfloat16(), "norm.weight": torch.ones(16).bfloat16()}
+    more["old.scale"] = torch.ones(3)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/model.safetensors").write_bytes(save(more))
+    steps = [tmp_path / f"step-{number}.pxd" for number in (1, 2, 3)]
+    update(base, tuned, steps[0])
+    update(base, tuned, steps[1], after=steps[0])
+    update(base, tmp_path / "more", steps[2], after=steps[:2])
+    dropped = []
+    for step in steps:
+        with pxd.open(step) as file:
+            dropped.append(file.manifest.dropped)
+    assert dropped == [("old.scale",), (), ()]
+    apply(base, steps, tmp_path / "state")
+    with pxd.Safetensors.open(tmp_path / "state") as found:
+        assert list(found) == ["a.weight", "norm.weight", "old.scale"]
+
+
+def test_before_an_anchor_there_are_none(pair: tuple[Path, Path]) -> None:
+    with pxd.Safetensors.open(pair[0]) as base:
+        assert base.foreign
+        assert not NoState(base).foreign
 
 
 def test_a_base_tensor_that_a_delta_names_is_another_one(tmp_path: Path, pair: tuple[Path, Path]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from peraxis_tools import cli
 from peraxis_tools.compress import compress
@@ -18,7 +19,7 @@ from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.process import Terminated
-from peraxis_tools.threads import use_threads
+from peraxis_tools.threads import THREADS_MAX, use_threads
 from tests.tools.compress_pairs import FEW, llama_pair
 
 FIT: dict[str, Any] = dict(FEW)
@@ -148,6 +149,15 @@ def test_a_folder_without_finished_work_gets_the_threads_of_the_run_that_fills_i
         assert work.threads == threads
     work.save_array("ids", np.arange(3))
     assert WorkFolder(tmp_path / "out.pxd", "digest", resume=True, threads=4).threads == 3
-    for text in ('{"digest": "digest"}', '{"digest": "digest", "threads": "3"}', '{"threads": -1}', "[]"):
+    odd = ("0", "-1", "1e9", "true", "[1]", '"3"', str(THREADS_MAX + 1), "3000000000")
+    for text in ("[]", '{"digest": "digest"}', *(f'{{"digest": "digest", "threads": {threads}}}' for threads in odd)):
         (work.path / "inputs.json").write_text(text)
         assert work.threads is None
+
+
+@pytest.mark.parametrize("threads", ["0", "4097", "3000000000"])
+@pytest.mark.parametrize("verb", [["compress", "base", "tuned"], ["eval", "base", "tuned", "d.pxd"]])
+def test_a_number_of_threads_that_no_machine_has_is_refused_in_one_line(verb: list[str], threads: str) -> None:
+    done = CliRunner().invoke(cli.cli, [*verb, "--threads", threads])
+    assert done.exit_code == 2
+    assert f"{threads} is not in the range 1<=x<={THREADS_MAX}" in " ".join(done.output.split())

@@ -166,6 +166,7 @@ MOMENTS = {
     "after the verb": ("import gc; gc.freeze = end", 130, "error: interrupted\n"),
     "at exit": ("import atexit; atexit.register(end)", 0, ""),
     "while threads end": ("import threading; threading._register_atexit(end)", 0, ""),
+    "while modules are freed": ("sys.late = type('Late', (), {'__del__': end})()", 0, ""),
     "after a failure": ("import atexit, sys; atexit.register(end); sys.argv = ['peraxis-tools', 'nonsense']", 2, None),
 }
 
@@ -176,7 +177,7 @@ def test_an_interrupt_before_or_after_the_verb_is_no_traceback(moment: str) -> N
     program = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "def end(*_): os.kill(os.getpid(), signal.SIGINT); len([])\n"
+        "def end(*_, kill=os.kill, it=os.getpid()): kill(it, 2); len([])\n"
         f"sys.argv = ['peraxis-tools', '--version']\n{prepare}\n"
         "from peraxis_tools.entry import main\nmain()\n"
     )

@@ -88,10 +88,10 @@ def test_auto_takes_exact_where_it_is_smaller_than_signs(tmp_path: Path) -> None
         tuned[name] = words, base[name][1]
     write_checkpoint(tmp_path / "base", base)
     write_checkpoint(tmp_path / "tuned", tuned)
-    found = encodings(compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a.pxd", exact="auto", bits=1).path)
+    found = encodings(compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "a.pxd", exact="auto", masks=1).path)
     assert found["model.layers.0.mlp.up_proj.weight"] == "exact"
     assert found["model.layers.0.self_attn.q_proj.weight"] == "same"
-    plain = compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "b.pxd", bits=1)
+    plain = compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "b.pxd", masks=1)
     assert "exact" not in encodings(plain.path).values()
     assert (tmp_path / "a.pxd").stat().st_size < plain.bytes
 

@@ -202,10 +202,22 @@ def test_one_is_not_written_with_a_plural(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("ratio", "said"), [(6.66, "6.7 times smaller"), (1.0, "1.0 times smaller"), (0.001, "1000.0 times larger")]
+    ("full", "stored", "said"),
+    [(666, 100, "6.7 times smaller"), (9, 9, "1.0 times smaller"), (2, 204_000, "102000.0 times larger")],
 )
-def test_a_file_that_is_larger_than_the_checkpoint_is_not_called_smaller(ratio: float, said: str) -> None:
-    assert times_smaller(ratio) == said
+def test_a_file_that_is_larger_than_the_checkpoint_is_not_called_smaller(full: int, stored: int, said: str) -> None:
+    assert times_smaller(full, stored) == said
+
+
+def test_the_reports_of_a_checkpoint_of_few_bytes_beside_a_large_tokenizer_have_a_ratio(tmp_path: Path) -> None:
+    for name in ("base", "tuned"):
+        write_checkpoint(tmp_path / name, {"a": (np.full(1, len(name), np.uint16), pxd.DType.BF16)})
+    (tmp_path / "tuned/tokenizer.json").write_text(f'{{"a": "{"x" * 200_000}"}}')
+    command = ["compress", str(tmp_path / "base"), str(tmp_path / "tuned"), "--fit", "none"]
+    for more in (["--dry-run"], ["--force", "-o", str(tmp_path / "d.pxd")]):
+        done = CliRunner().invoke(cli, [*command, *more])
+        assert done.exit_code == 0, done.exception
+        assert re.search(r", 10\d{4}\.\d times larger", done.stdout)
 
 
 def test_the_report_of_an_anchor_of_a_small_model_says_that_it_is_larger(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _SUMS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Parameters, or latents of signs, with one rate. lr: the peak rate; share: of the steps, then they rest."""
+    """Parameters, or latents of signs, with one rate. lr: its peak; share: the share of all steps that trains them."""
 
     parameters: Sequence[nn.Parameter] = ()
     latents: Sequence[SignLatents] = ()

@@ -1,4 +1,6 @@
-"""The memory of a run beside that of the machine: one line before the work, because a run that is killed says nothing.
+"""The memory of a fit on text beside that of the machine: one line before the work, as a killed run says nothing.
+
+A fit on another device than a CPU is not checked.
 
 The estimate (plan/estimate.py) is within 20% of what runs take. So a run is refused only if its estimate is more than
 20% above all memory of the machine, swap included: it cannot fit. If it is above what is free now, a note says so and
@@ -7,7 +9,7 @@ the run begins, because memory may become free, and swap may serve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -29,6 +31,29 @@ _UNLIMITED: Final = 1 << 60  # a group without a limit says a number near 2^63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """A version of control groups: the files of a group. with_memory: the limit of swap is that of both together."""
+
+    controller: str
+    limit: str
+    used: str
+    swap: str
+    with_memory: bool
+
+
+_KINDS: Final = (
+    _Kind(controller="", limit="memory.max", used="memory.current", swap="memory.swap.max", with_memory=False),
+    _Kind(
+        controller="memory",
+        limit="memory.limit_in_bytes",
+        used="memory.usage_in_bytes",
+        swap="memory.memsw.limit_in_bytes",
+        with_memory=True,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineMemory:
     """Bytes. available: those a process can take now without swap; total: all, with swap."""
 
@@ -42,21 +67,42 @@ def held_bytes(*, proc: Path = _PROC) -> int:
 
 
 def machine_memory(*, proc: Path = _PROC, groups: Path = _GROUPS) -> MachineMemory | None:
-    """The memory of this machine, or of the container whose limit is lower; None where the system does not say."""
+    """The memory of this machine, or of the control group whose limit is lower; None where the system does not say."""
     found = _values(proc / "meminfo")
     if "MemAvailable" not in found or "MemTotal" not in found:
         return None
-    available, total = found["MemAvailable"], found["MemTotal"] + found.get("SwapTotal", 0)
-    for group, limit, used in (
-        (groups, "memory.max", "memory.current"),
-        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        most = _number(group / limit)
-        if most is not None and most < _UNLIMITED:
-            cached = _values(group / "memory.stat").get("inactive_file", 0)
-            available = min(available, max(0, most - (_number(group / used) or 0) + cached))
-            total = min(total, most)
+    available, swap = found["MemAvailable"], found.get("SwapTotal", 0)
+    total = found["MemTotal"] + swap
+    for kind, folder in _own_groups(proc, groups):
+        most = _number(folder / kind.limit)
+        if most is None or most >= _UNLIMITED:
+            continue
+        swapped = _number(folder / kind.swap)  # None: no limit of its own
+        if swapped is None:
+            swapped = swap
+        elif kind.with_memory:
+            swapped = max(0, swapped - most)
+        stat = _values(folder / "memory.stat")
+        cached = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+        available = min(available, max(0, most - (_number(folder / kind.used) or 0) + cached))
+        total = min(total, most + min(swap, swapped))
     return MachineMemory(available=available, total=total)
+
+
+def _own_groups(proc: Path, groups: Path) -> Iterator[tuple[_Kind, Path]]:
+    """The folders of the groups of this process: in a container the top one, else also those on the way to its own."""
+    paths = {"": "", "memory": ""}
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        paths.update(dict.fromkeys({*controllers.split(",")} & set(paths), path))
+    for kind in _KINDS:
+        folder = groups / kind.controller
+        yield kind, folder
+        for name in paths[kind.controller].split("/"):
+            if name not in ("", ".", ".."):
+                folder /= name
+                yield kind, folder
 
 
 def check_memory(
@@ -70,7 +116,7 @@ def check_memory(
         return
     most = max(works, key=lambda work: work.memory)
     needed = held + most.memory
-    if most.memory <= machine.available and needed <= machine.total:
+    if most.memory <= machine.available:
         return
     says = f"memory: the stage {most.name} needs about {size(needed)}"
     if needed > _WITHIN * machine.total:
@@ -99,15 +145,19 @@ def _values(path: Path) -> dict[str, int]:
     """The numbers of a file with one name and one number a line; bytes where the unit is kB. Empty without the file."""
     found: dict[str, int] = {}
     for line in _text(path).splitlines():
-        name, *rest = line.replace(":", " ", 1).split()
-        if rest and rest[0].isdigit():
-            found[name] = int(rest[0]) * (1024 if rest[1:] == ["kB"] else 1)
+        name, number, *unit = [*line.replace(":", " ", 1).split(), "", ""][:3]
+        if (value := _natural(number)) is not None:
+            found[name] = value * (1024 if unit == ["kB"] else 1)
     return found
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdigit() else None
+    """The number of a file; None without one, as for `max`."""
+    return _natural(_text(path).strip())
+
+
+def _natural(text: str) -> int | None:
+    return int(text) if text.isdecimal() and len(text) < 20 else None
 
 
 def _text(path: Path) -> str:

@@ -31,6 +31,7 @@ import numpy as np
 from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.shown import counted
+from peraxis_tools.threads import THREADS_MAX
 
 __all__ = ["WorkFolder", "pack_modules", "unpack_modules"]
 
@@ -64,9 +65,9 @@ class WorkFolder:
 
     @property
     def threads(self) -> int | None:
-        """The number of threads of the run that began the folder; None if it is not recorded."""
+        """The number of threads of the run that began the folder; None if no possible number is recorded."""
         found = self._recorded("threads")
-        return found if type(found) is int and found > 0 else None
+        return found if type(found) is int and 0 < found <= THREADS_MAX else None
 
     def _recorded(self, key: str) -> object:
         try:
