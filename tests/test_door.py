@@ -93,7 +93,7 @@ def test_an_open_file_says_what_it_holds(tmp_path: Path) -> None:
     path = write_delta(tmp_path / "delta.pxd", [sign_module(rng, "a.weight", random_storage(rng, (16, 24)))])
     with peraxis.open(path) as delta:
         shown = repr(delta)
-        for part in (str(path), "'tuned' on 'base'", "1 modules", f"{delta.size} bytes", delta.content_id[:19]):
+        for part in (str(path), "'tuned' on 'base'", "1 module,", f"{delta.size} bytes", delta.content_id[:19]):
             assert part in shown
     assert repr(delta).endswith("closed>")
 

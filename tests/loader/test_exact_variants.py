@@ -283,7 +283,7 @@ def test_what_compress_stores_exact_is_what_every_live_path_becomes(tmp_path: Pa
     base, tuned = write_pair(tmp_path, llama_config(num_hidden_layers=1), dtype=torch.bfloat16)
     path = tmp_path / "d.pxd"
     done = peraxis.compress(base, tuned, path, fit="none", exact="q_proj|norm|embed|down")
-    assert done.exact > 3
+    assert done.encodings["exact"] > 3
 
     def load(folder: Path) -> nn.Module:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from peraxis_format.torch.place import pieces, sharded_exact
 from peraxis_format.torch.place.ranks import Ranks
 from peraxis_format.torch.place.watch import LiveTensors
 from peraxis_format.torch.swap import apply, registry, switch
-from peraxis_format.torch.updates import ShardedUpdateWriter, follow, publish_sharded, shared_mirror, staged
+from peraxis_format.torch.updates import ShardedUpdateWriter, follow, shared_mirror, staged
 from peraxis_format.torch.updates.destination import Destination
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded_faults import UnpicklableError, failing
@@ -50,7 +50,7 @@ def publishing(rank: int, world: int, folder: str) -> None:
     model, last = Pieces(state(0, torch.float32), mesh), rank == world - 1
     writer = ShardedUpdateWriter(model, path / "chain", anchor_every=1)
     for error in errors():
-        with failing(publish_sharded, "covered", error, here=last), raised_by_all():
+        with failing(pieces.Layout, "check_complete", error, here=last), raised_by_all():
             writer.step()
     assert writer.step().step == 0
     model.become(state(1, torch.float32), mesh)
