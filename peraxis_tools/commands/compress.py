@@ -24,7 +24,7 @@ from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES
 from peraxis_tools.compress.options_file import read_options
 from peraxis_tools.compress.run.dry_run import estimate_run
-from peraxis_tools.heap import tune_heap
+from peraxis_tools.heap import tune_process
 from peraxis_tools.outputs import check_delta
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 from peraxis_tools.report.console import emit
@@ -92,7 +92,9 @@ class _Compress(click.Command):
 @click.option(
     "--embeddings", type=click.Choice(EMBEDDINGS), help="How embed_tokens and lm_head are stored.  [default: auto]"
 )
-@click.option("--calibration-samples", type=int, help="The number of samples of the text.  [default: 50]")
+@click.option(
+    "--calibration-samples", type=int, help="The number of samples of the text.  [default: by the model, 50 at most]"
+)
 @click.option("--sequence-length", type=int, help="The number of tokens in a sample.  [default: 512]")
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
 @click.option(
@@ -102,7 +104,9 @@ class _Compress(click.Command):
 )
 @click.option("--batch-size", type=int, help="The number of samples in one forward pass.  [default: 8]")
 @click.option(
-    "--generated-samples", type=int, help="Samples that the fine-tuned model generates.  [default: 16 if memory allows]"
+    "--generated-samples",
+    type=int,
+    help="Samples that the fine-tuned model generates.  [default: as many, 16 at most, if memory allows]",
 )
 @click.option("--distill-samples", type=int, help="Samples for end-to-end distillation.  [default: 0, none]")
 @click.option("--distill-epochs", type=int, help="Epochs of the distillation.  [default: 5]")
@@ -120,7 +124,7 @@ class _Compress(click.Command):
 @click.option(
     "--compute-dtype",
     type=click.Choice(("auto", "float32", "bfloat16", "float16")),
-    help="The dtype of forward passes.  [default: auto: float32 on a CPU, else that of the model]",
+    help="The dtype of forward passes; bfloat16 takes half the memory, and fits worse.  [default: auto: float32]",
 )
 @click.option("--hidden-limit", type=SIZE, help="Hidden states above this size go to disk.  [default: 4GiB]")
 @click.option(
@@ -197,7 +201,7 @@ def command(
         raise click.MissingParameter(
             param_type="option", param_hint="'--output' / '-o'", ctx=click.get_current_context()
         )
-    tune_heap()
+    tune_process()
     with Stages(quiet=quiet) as stages:
         result = compress(
             base,

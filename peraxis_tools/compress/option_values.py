@@ -18,6 +18,7 @@ _KINDS: Final[Mapping[str, type]] = {
     "target_ratio": float,
     "target_size": int,
     "masks": int,
+    "calibration_samples": int,
     "generated_samples": int,
     "exact": str,
     "text_column": str,

@@ -26,6 +26,7 @@ __all__ = [
     "FITS",
     "PREFER",
     "RECIPES",
+    "SAMPLES_MOST",
     "CompressOptions",
     "OptionError",
     "read_yaml",
@@ -35,6 +36,7 @@ FITS: Final = ("auto", "none", "closed-form", "refined", "adamw")
 AXES: Final = ("auto", "row", "col", "row+col", "tensor")
 EMBEDDINGS: Final = ("auto", "sign", "full")
 PREFER: Final = ("size", "speed")
+SAMPLES_MOST: Final = 50
 EVERYTHING: Final = ".*"  # a value of `exact`
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
@@ -82,10 +84,12 @@ class CompressOptions:
                    masks if `masks` is auto)
     calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
                    with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
+    calibration_samples  samples of the text. None means as many as the model needs, 50 at most (plan/sample_count.py)
     held_out       the share of the calibration samples that is kept for validation: of a single text's fit, and of the
                    distillation. Several texts, as are the generated samples, validate each other
     generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain. None
-                   means 16 if the whole model fits into `hidden_limit`, and none otherwise or for the paper's fit
+                   means as many as of the text, 16 at most, if the whole model fits into `hidden_limit`; and none
+                   otherwise or for the paper's fit
     distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
     distill_lr     the learning rate of the scales, relative to their size; distill_sign_lr: that of the signs (0 keeps
                    them); distill_full_lr: that of tensors stored full, relative to their size (0 keeps them exact)
@@ -103,7 +107,7 @@ class CompressOptions:
     embeddings: str = "auto"
     calibration: str | tuple[str, ...] | None = None
     text_column: str | None = None
-    calibration_samples: int = 50
+    calibration_samples: int | None = None
     generated_samples: int | None = None
     sequence_length: int = DEFAULT_LENGTH
     held_out: float = 0.2
@@ -211,6 +215,11 @@ class CompressOptions:
     def least_masks(self) -> int:
         """The number of masks of each module, before any bytes are spent."""
         return 1 if self.masks == AUTO else self.masks
+
+    @property
+    def text_samples(self) -> int:
+        """The samples of the text; before the model is known (`with_text`), the most that it may need."""
+        return SAMPLES_MOST if self.calibration_samples is None else self.calibration_samples
 
     @property
     def has_target(self) -> bool:

@@ -49,7 +49,7 @@ def fitted(texts: Sequence[torch.Tensor], **how: object) -> FittedMatrix:
 
 def error_on(x: torch.Tensor, found: torch.Tensor) -> float:
     base, tuned = pair()
-    return Validation(tuned, moments_of(x).float32()).error(tuned - base - found)
+    return Validation(tuned, moments_of(x)).error(tuned - base - found)
 
 
 def scalar(texts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_rows_that_the_text_does_not_use_follow_in_closed_form_and_the_used_ones
         matrix = Matrix(base=base, fine_tuned=tuned, dtype=torch.float32, components=2, used=rows)
         result = fit_matrices([matrix], statistics=statistics, options=FitOptions())[0]
         residual = tuned - base - dense(result.terms, base)
-        moments = moments_of(torch.cat(ALIKE)).float32()
+        moments = moments_of(torch.cat(ALIKE))
         found[name] = [Validation(tuned[part], moments).error(residual[part]) for part in (used, ~used)]
         nothing = [Validation(tuned[part], moments).error((tuned - base)[part]) for part in (used, ~used)]
     assert found["used"][0] <= 1.05 * found["all"][0]

@@ -56,7 +56,7 @@ def moments_of(x: torch.Tensor, teacher: torch.Tensor | None, batches: int = 3) 
 
 def error_of(residual: torch.Tensor, tuned: torch.Tensor, moments: Moments) -> float:
     """Return the sum of squares of the output error."""
-    return Validation(tuned, moments.float32()).error(residual) * moments.tokens
+    return Validation(tuned, moments).error(residual) * moments.tokens
 
 
 def problem_of(tuned: torch.Tensor, base: torch.Tensor, moments: Moments) -> Quadratic:

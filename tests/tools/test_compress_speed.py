@@ -130,7 +130,7 @@ def test_a_long_start_has_a_longer_piece() -> None:
 def test_a_part_of_a_text_is_of_all_kinds_and_large_enough() -> None:
     batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
     text = Text(every=batches, places=range(10))
-    part = text.enough_for(40)  # 320 of 640 tokens
+    part = text.enough_for(80)  # 320 of 640 tokens
     assert [batch.validation for batch in part.batches] == [False] * 3 + [True] * 2
     assert text.enough_for(1000).batches == batches
     assert [batch.validation for batch in text.enough_for(1).batches] == [False, True]

@@ -69,19 +69,22 @@ def fit_matrices(matrices: Sequence[Matrix], *, statistics: Statistics, options:
     if options.adamw_steps:
         return [_fit_adamw(matrix, statistics, options) for matrix in matrices]
     trials = [_Trial(matrix, options, statistics.tokens) for matrix in matrices]
-    directions = statistics.directions()
-    for i, (fit, validation) in enumerate(directions):
-        hessian = hessian_of(fit, signs=False)
-        if hessian is None and i > 0:
-            continue  # all inputs are zero, so the first result is final
-        held_out = validation.float32()
-        for trial in trials:
-            trial.add(hessian, held_out)
+    for i, (fit, validation) in enumerate(statistics.directions()):
+        _add_direction(trials, fit, validation, first=i == 0)
     kinds = [trial.kind() for trial in trials]
     hessian = None
     if any(kind in (_REFINED, _SCALES, _SCALAR) for kind in kinds):
         hessian = hessian_of(statistics.merged(), signs=_REFINED in kinds)
     return [trial.finished(kind, hessian) for trial, kind in zip(trials, kinds, strict=True)]
+
+
+def _add_direction(trials: Sequence[_Trial], fit: Moments, validation: Moments, *, first: bool) -> None:
+    """Add a direction to all trials. Its Hessian is free again when this returns."""
+    hessian = hessian_of(fit, signs=False)
+    if hessian is None and not first:
+        return  # all inputs are zero, so the first result is final
+    for trial in trials:
+        trial.add(hessian, validation)
 
 
 class _Trial:
@@ -216,7 +219,7 @@ def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> F
     """The paper's fit. Like the paper, it does not check that the fit is better than none."""
     matrix = matrix.rows()
     (_, held_out), *_ = statistics.directions()
-    validation = Validation(matrix.fine_tuned, held_out.float32())
+    validation = Validation(matrix.fine_tuned, held_out)
 
     def error(terms: Sequence[ComponentFit]) -> float:
         return validation.error(matrix.fine_tuned - _applied(matrix, terms))

@@ -68,7 +68,7 @@ class FitOptions:
     refine: bool = True
     adamw_steps: int = 0
     rounds: int = 3
-    sweeps: int = 4
+    sweeps: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,9 @@ class FittedMatrix:
 @dataclass(frozen=True)
 class Hessian:
     """H in float32, the factor of its inverse (if signs are chosen); if teacher inputs are known and differ from the
-    student's, E in float32, and, without that factor, L with H = L L^T, float64.
+    student's, E in float32, and, without that factor, L with S H S = L L^T, S the diagonal that makes that of S H S 1.
+
+    The damping bounds the condition of S H S: its eigenvalues are at least lambda / (1 + lambda). So L is float32.
     """
 
     matrix: Tensor
@@ -141,7 +143,8 @@ class Hessian:
             return self.factor.solved(rows)
         if self.lower is None:
             raise ValueError("a Hessian with teacher inputs and without a factor")
-        return torch.cholesky_solve(rows.t().double(), self.lower).t().float().contiguous()
+        size = torch.diagonal(self.matrix).rsqrt()
+        return torch.cholesky_solve((rows * size).t(), self.lower).t().mul(size).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +162,20 @@ def hessian_of(moments: Moments, *, signs: bool) -> Hessian | None:
     mean = float(diagonal.mean())
     if not mean > 0.0:
         return None
-    hessian = moments.G.clone()
-    hessian.diagonal().add_(_DAMPING * diagonal + _PSEUDO_TOKENS * len(hessian) / max(moments.tokens, 1) * mean)
+    damping = _DAMPING * diagonal + _PSEUDO_TOKENS * len(diagonal) / max(moments.tokens, 1) * mean
     differs = moments.E is not None and bool(moments.E.any())
-    return Hessian(
-        matrix=hessian.float(),
-        factor=inverse_factor(hessian) if signs else None,
-        cross=moments.E.float() if moments.E is not None and differs else None,
-        lower=torch.linalg.cholesky(hessian) if differs and not signs else None,
-    )
+    matrix, factor, lower = moments.G.float(), None, None
+    matrix.diagonal().copy_(diagonal + damping)
+    if signs:
+        hessian = moments.G.clone()
+        hessian.diagonal().add_(damping)
+        factor = inverse_factor(hessian)
+    elif differs:
+        size = torch.diagonal(matrix).rsqrt()
+        scaled = matrix * size
+        lower = torch.linalg.cholesky(scaled.mul_(size[:, None]), out=scaled)
+    cross = moments.E.float() if moments.E is not None and differs else None
+    return Hessian(matrix=matrix, factor=factor, cross=cross, lower=lower)
 
 
 def quadratic(delta: Tensor, fine_tuned: Tensor, hessian: Hessian) -> Quadratic:

@@ -95,14 +95,14 @@ class LayerwiseCalibration:
         """Fit every module with signs in the plan. Returns the modules by name."""
         blocks = len(self.student)
         self._take(self._part("embedding", self._fit_tables))
-        for model, source in self._sources():
+        for hidden, (model, source) in zip(self._hidden, self._sources(), strict=True):  # one table at a time
+            trim_heap()
             self.weights.fill_outer(model, source)
-        for i, batch in enumerate(self.text.batches):
-            for hidden, model in self._both:
+            for i, batch in enumerate(self.text.batches):
                 hidden[i] = model.embed(batch.ids)
-        for model in (self.teacher, self.student):
             if not (model.is_tied and self._heads()):  # a head that is fitted last needs its weights
                 model.free_embedding()
+        trim_heap()
         for index in range(blocks):
             self._progress("fit", index, blocks + 1)
             self._block(index)

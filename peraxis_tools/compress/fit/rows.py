@@ -14,10 +14,11 @@ import torch
 from peraxis_format import Axis
 from peraxis_tools.compress.fit.fit import FitOptions, Hessian, Matrix, fit_terms, quadratic
 from peraxis_tools.compress.fit.scales import ComponentFit, fit_scales
+from peraxis_tools.heap import trim_heap
 
 __all__ = ["fit_used_rows", "has_unused_rows"]
 
-_ROWS: Final = 4096  # that are fitted together
+_ROWS: Final = 1024  # that are fitted together
 _MOST_USED: Final = 0.5
 
 
@@ -35,10 +36,12 @@ def fit_used_rows(matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOpti
     used = matrix.used.nonzero()[:, 0]
     some = matrix.rows(used)
     refined = fit_terms(quadratic(some.delta, some.fine_tuned, hessian), axis, options, components=matrix.components)
+    trim_heap()  # of the trials
     signs = [torch.empty(matrix.base.shape, dtype=torch.bool, device=used.device) for _ in refined]
     rows = [some.base.new_empty(len(matrix.base)) for _ in refined]
     for k, term in enumerate(refined):
         signs[k][used], rows[k][used] = term.signs, term.row
+    trim_heap()  # of the refined rows; the signs of all rows are the largest tensors of the fit
     for chosen in (~matrix.used).nonzero()[:, 0].split(_ROWS):
         some = matrix.rows(chosen)
         rest = quadratic(some.delta, some.fine_tuned, hessian).target

@@ -66,10 +66,10 @@ def inverse_factor(hessian: Tensor) -> Factor:
     """
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     turned = order.flip(0)
-    lower = torch.linalg.cholesky(hessian[turned][:, turned])
+    lower = torch.linalg.cholesky(hessian[turned[:, None], turned])
     unit = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.linalg.solve_triangular(lower, unit, upper=False)
-    return Factor(order=order, upper=inverse.flip(0, 1).float().contiguous())
+    inverse = torch.linalg.solve_triangular(lower, unit, upper=False, out=unit)
+    return Factor(order=order, upper=inverse.float().flip(0, 1))
 
 
 def gptq_signs(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> list[Tensor]:

@@ -5,7 +5,7 @@ outside the layers, N tokens of text in samples of n, and d the width of the hid
 
     generate     g P with g bytes a value, keys and values of the samples of a batch, logits of a step
     sensitivity  c P, packed masks; activations, logits and the largest gradient of one sample
-    table        c O, and 4 float32 copies of the table with its masks
+    table        c O, a float32 copy of the table, those of both checkpoints, and its signs, a byte each
     blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
     distill      the teacher, then its head, the base in the file's dtype, packed signs (and 4 bytes a trained sign),
                  activations and some logits of one sample, copies of the largest matrix
@@ -32,15 +32,14 @@ from peraxis_tools.kinds import group_of, layer_of
 
 __all__ = ["GENERATED_SAMPLES", "SENSITIVITY_SAMPLES", "TABLE_TOKENS", "StageWork", "Text", "fit_operations", "work_of"]
 
-TABLE_TOKENS: Final = 8  # for each input of a table that is tied to the head
-GENERATED_SAMPLES: Final = 16  # where none are asked for and memory allows
+TABLE_TOKENS: Final = 4  # for each input of a table that is tied to the head
+GENERATED_SAMPLES: Final = 16  # at most, where none are asked for and memory allows
 SENSITIVITY_SAMPLES: Final = 16
 _OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h"})
 _KEYS: Final = frozenset({"k_proj", "v_proj"})
 _TRIAL_ROWS: Final = 128
-_TABLE_COPIES: Final = 4
 _FLOAT: Final = 4
-_SUMS: Final = 16  # float64 matrices as wide as an input, while it is fitted
+_SUMS: Final = 8  # float64 matrices as wide as an input, while it is fitted; two of float32 count as one
 _ACTIVATIONS: Final = 4  # values that a backward pass keeps of a token, for each value of an input of a matrix
 _TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and AdamW's two moments
 _TRAINED_SIGN: Final = 4  # BYTES_A_SIGN of distill/latents.py, which imports torch
@@ -194,7 +193,7 @@ def _sensitivity(plan: Plan, text: Text) -> StageWork:
 def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork:
     largest = max(map(_values, tables))
     masks = max(module.components for module in tables)
-    copies = _TABLE_COPIES * _FLOAT * largest + masks * largest // 2
+    copies = _FLOAT * largest + 2 * tables[0].dtype.itemsize * largest + masks * largest  # a sign is a byte
     used = 10.0 * float(text.tokens) ** 0.6  # of a text of natural language
     work = sum(
         fit_operations(int(min(m.shape[0], used)), m.shape[-1], m.components)

@@ -9,10 +9,11 @@ from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.pairing import tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, plan
+from peraxis_tools.compress.plan.sample_count import sample_count
 from peraxis_tools.positions import checked_length
 from peraxis_tools.vocabulary import check_tokenizer_files
 
-__all__ = ["plan_pair", "with_length"]
+__all__ = ["plan_pair", "with_text"]
 
 
 def plan_pair(base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
@@ -29,8 +30,8 @@ def plan_pair(base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions
     return with_casts(replace(planned, assets=assets), base.tensors, fine_tuned.tensors)
 
 
-def with_length(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOptions:
-    """The options with the number of tokens in a sample that the model has positions for.
+def with_text(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOptions:
+    """The options with the number of samples that the model needs, and of tokens that it has positions for.
 
     Raises OptionError, and ToolError if the text has no tokenizer.
     """
@@ -39,4 +40,7 @@ def with_length(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOpt
     length = checked_length(fine_tuned.config(), options.sequence_length, fine_tuned.tensors.label)
     if fine_tuned.folder is not None:
         check_tokenizer_files(fine_tuned.folder, fine_tuned.tensors.label)
-    return replace(options, sequence_length=length)
+    samples = options.calibration_samples
+    if samples is None:
+        samples = sample_count(fine_tuned.tensors.infos(), length)
+    return replace(options, sequence_length=length, calibration_samples=samples)

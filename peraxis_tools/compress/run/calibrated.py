@@ -187,11 +187,11 @@ def _open_run(
     """Open name map and work folder."""
     device, config, text = given.device, given.config, given.samples
     processes = Processes(device)
-    dtype = resolve_dtype(options.compute_dtype, device, config)
+    dtype = resolve_dtype(options.compute_dtype)
     if device.type == "cpu":
         works = work_of(plan, options, text_of(plan, options, device, dtype))
         check_memory(works, options, held=held_bytes(), machine=machine_memory())
-    share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
+    share = options.text_samples / (options.text_samples + options.distill_samples)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
     is_main, threads = processes.is_main_process, torch.get_num_threads()
@@ -240,7 +240,7 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: S
         ids = run.work.load_array("generated")
     if ids is None:
         raise ToolError(f"{run.work.path}: the generated samples are not there; run again with --no-resume")
-    share = options.calibration_samples / (options.calibration_samples + options.distill_samples)
+    share = options.text_samples / (options.text_samples + options.distill_samples)
     return replace(
         run,
         samples=replace(

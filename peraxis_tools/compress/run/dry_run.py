@@ -19,7 +19,7 @@ from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.estimate import Text, work_of
-from peraxis_tools.compress.plan.pair_plan import plan_pair, with_length
+from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.price import MASKS_MAX
@@ -87,7 +87,7 @@ def estimate_run(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned = matched(opened_base, opened, base_id)
-        options = with_length(options, tuned)
+        options = with_text(options, tuned)
         planned = plan_pair(base_checkpoint, tuned, options)
         if options.has_target:
             planned = spend(planned, _typical_errors(planned, options), options)
@@ -142,7 +142,7 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
     device = resolve_device(options.device)
     config = load_config(tuned.folder)
     check_causal(config, tuned.tensors.label, remedy="compress it without text: --fit none")
-    dtype = resolve_dtype(options.compute_dtype, device, config)
+    dtype = resolve_dtype(options.compute_dtype)
     tokenizer = load_tokenizer(tuned.folder)
     if _is_local(options):
         check_ids(read_samples(options, tokenizer).ids, config.to_dict(), tuned.tensors.label)

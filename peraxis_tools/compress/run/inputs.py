@@ -65,7 +65,7 @@ def read_samples(options: CompressOptions, tokenizer: Any) -> Samples:
     return load_samples(
         options.calibration or (),
         tokenizer,
-        samples=options.calibration_samples + options.distill_samples,
+        samples=options.text_samples + options.distill_samples,
         length=options.sequence_length,
         seed=options.seed,
         text_column=options.text_column,
@@ -103,27 +103,29 @@ def inputs_digest(
 
 
 def generated_count(plan: Plan, options: CompressOptions, dtype: torch.dtype) -> int:
-    """The number of generated samples: the option, or 16 if the model is not larger than the limit of hidden states.
+    """The number of generated samples: the option; or as many as of the text, 16 at most, if the model is not larger
+    than the limit of hidden states.
 
     dtype: that the model computes in.
     """
     if options.generated_samples is not None:
         return options.generated_samples
     size = sum(math.prod(module.shape) for module in plan.modules) * dtype.itemsize
-    return GENERATED_SAMPLES if size <= options.hidden_limit and options.resolved_fit != "adamw" else 0
+    fits = size <= options.hidden_limit and options.resolved_fit != "adamw"
+    return min(GENERATED_SAMPLES, options.text_samples) if fits else 0
 
 
 def sampling_dtype(plan: Plan, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """BF16 for a BF16 model where the CPU's instructions allow it: half the memory, and a third of the time."""
+    """BF16 for a BF16 model where the device's instructions allow it: half the memory, and a third of the time."""
     own = {module.dtype for module in plan.modules if len(module.shape) > 1}
-    fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if own == {DType.BF16} and fast and dtype is torch.float32 else dtype
 
 
 def text_of(plan: Plan, options: CompressOptions, device: torch.device, dtype: torch.dtype) -> Text:
     """The samples of a run, for its estimate. dtype: that the model computes in."""
     return Text(
-        samples=options.calibration_samples,
+        samples=options.text_samples,
         generated=generated_count(plan, options, dtype),
         length=options.sequence_length,
         value_bytes=dtype.itemsize,

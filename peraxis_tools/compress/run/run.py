@@ -31,7 +31,7 @@ from peraxis_tools.completeness import note_missing
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.finite import check_pair_finite
-from peraxis_tools.compress.plan.pair_plan import plan_pair, with_length
+from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.plan.price import prices
@@ -121,7 +121,7 @@ def compress(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
-        options = with_length(options, tuned_checkpoint)
+        options = with_text(options, tuned_checkpoint)
         note_missing(base_checkpoint, tuned_checkpoint)
         return _compress_pair(
             base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force

@@ -26,7 +26,7 @@ from peraxis_tools.heap import trim_heap
 __all__ = ["Batch", "MomentsCollector", "Side", "Text"]
 
 _THREADS: Final = 64  # suspended passes at most
-_LARGE_SUMS: Final = 64 << 20
+_LARGE_SUMS: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,8 @@ class MomentsCollector:
 
     def collect(self, stage: Stage) -> dict[Key, Statistics]:
         """The moments of a stage, over the batches of all processes."""
-        if self._sums_bytes(stage) >= _LARGE_SUMS:
+        large = self._sums_bytes(stage) >= _LARGE_SUMS
+        if large:
             trim_heap()  # what earlier stages freed is in pieces that large sums do not fit into
         sums: dict[Key, Statistics] = {}
         for batch, teacher, student in zip(self._text.batches, self._teachers, self._students, strict=True):
@@ -170,6 +171,8 @@ class MomentsCollector:
                 if not self._text.idle:
                     moments.add(inputs, theirs.get(key))
         self._add_up(stage, sums)
+        if large:
+            trim_heap()  # of the passes; a fit needs other sizes
         return sums
 
     def _sums_bytes(self, stage: Stage) -> int:

@@ -25,7 +25,7 @@ order of the batches or on the number of processes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -112,15 +112,6 @@ class Moments:
             self.F += other.F
         self.tokens += other.tokens
 
-    def float32(self) -> Moments:
-        """A copy in float32, for validation."""
-        return replace(
-            self,
-            G=self.G.float(),
-            E=None if self.E is None else self.E.float(),
-            F=None if self.F is None else self.F.float(),
-        )
-
     def tensors(self) -> list[Tensor]:
         """The tensors of these moments, to be reduced over processes in place."""
         return [tensor for tensor in (self.G, self.E, self.F) if tensor is not None]
@@ -177,11 +168,11 @@ class Validation:
     """The mean squared error of one module's output over some tokens, for any fitted delta."""
 
     def __init__(self, fine_tuned: Tensor, moments: Moments) -> None:
-        """fine_tuned: float32 [d_out, d_in]; moments: in float32 (`Moments.float32`)."""
+        """fine_tuned: float32 [d_out, d_in]. The moments are used in float32."""
         self.tokens = moments.tokens
-        self._gram = moments.G
-        self._cross = None if moments.E is None else fine_tuned @ moments.E
-        self._rest = 0.0 if moments.F is None else _dot(fine_tuned @ moments.F, fine_tuned)
+        self._gram = moments.G.float()
+        self._cross = None if moments.E is None else fine_tuned @ moments.E.float()
+        self._rest = 0.0 if moments.F is None else _dot(fine_tuned @ moments.F.float(), fine_tuned)
 
     def error(self, residual: Tensor) -> float:
         """||R - X Q^T||^2 / n for A = D - Q. residual: A, float32 [d_out, d_in]."""
