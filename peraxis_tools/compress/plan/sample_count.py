@@ -1,14 +1,14 @@
 """The number of samples of the calibration text, if none is asked for.
 
-A fit of a matrix with d inputs estimates d x d moments, so the tokens should grow with the widest matrix: 4/3 of its
-width of the text, and as many of the model's own samples. More hardly helps: on SmolLM2-135M, 8 times the tokens change
-the KL by less than two seeds do (docs/figures.md). A small model takes little time, and gets more: up to 50 samples, as
-in the paper.
+A fit of a matrix with d inputs estimates d x d moments, so the tokens grow with the widest matrix: 4/3 of its width of
+the text, and as many of the model's own samples. On SmolLM2-135M twice as many tokens change the KL by little, and a
+text that outweighs the model's own samples makes it worse (docs/figures.md). A small model takes little time and gets
+more: up to 50 samples, as in the paper.
 
     samples = min(50, max(4/3 widest, 2^38 / weights) / tokens of a sample), rounded up
 
-Rejected: a constant, because 50 samples of 512 tokens take 5 minutes of two cores for 135 million weights, and bring
-nothing; a count from the vocabulary, because the tables refine only the rows that the text reads.
+Rejected: a constant, because 50 samples of 512 tokens take five processor minutes for 135 million weights; a count from
+the vocabulary, because the tables refine only the rows that the text reads.
 """
 
 from __future__ import annotations
