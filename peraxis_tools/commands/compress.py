@@ -182,6 +182,7 @@ def command(
     values = read_options(config) if config is not None else {}
     values.update({name: value for name, value in given.items() if value not in (None, ())})
     options = CompressOptions.from_mapping(values)
+    tune_process()
     if dry_run:
         named = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
         texts = check_texts(named)
@@ -201,7 +202,6 @@ def command(
         raise click.MissingParameter(
             param_type="option", param_hint="'--output' / '-o'", ctx=click.get_current_context()
         )
-    tune_process()
     with Stages(quiet=quiet) as stages:
         result = compress(
             base,

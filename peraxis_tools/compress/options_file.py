@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from peraxis_format import open as open_delta
 from peraxis_tools.checkpoint import is_delta
-from peraxis_tools.compress.options import OptionError, read_yaml
+from peraxis_tools.compress.options import SAMPLES_MOST, OptionError, read_yaml
 
 __all__ = ["read_options"]
 
@@ -30,4 +30,6 @@ def read_options(path: Path) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         raise OptionError(f"{path}: has no options of compress in its metadata; pass a delta that compress wrote")
+    if values.get("calibration") is None and values.get("calibration_samples") == SAMPLES_MOST:
+        del values["calibration_samples"]  # the default of earlier versions, without a text
     return values

@@ -46,18 +46,26 @@ def script(path: Path, base: Path, tuned: Path, output: Path, **options: object)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "count", "launcher"),
-    [("llama", 2, "torchrun"), ("llama", 3, "torchrun"), ("granite-moe", 2, "torchrun"), ("llama", 2, "accelerate")],
+    [
+        ("llama", 2, "torchrun"),
+        ("llama", 3, "torchrun"),
+        ("few", 4, "torchrun"),
+        ("granite-moe", 2, "torchrun"),
+        ("llama", 2, "accelerate"),
+    ],
 )
 def test_several_processes_give_the_artifact_of_one(family: str, count: int, launcher: str, tmp_path: Path) -> None:
     if launcher == "accelerate":
         pytest.importorskip("accelerate")
     tied = {"tie_word_embeddings": count == 3}
-    config = llama_config(**tied) if family == "llama" else FAMILIES[family]()
+    config = llama_config(**tied) if family in ("llama", "few") else FAMILIES[family]()
     assert isinstance(config, transformers.PretrainedConfig)
     base, tuned = write_pair(tmp_path, config, dtype=torch.float32)
     options = {"calibration": str(write_text(tmp_path / "text.jsonl")), **OPTIONS}
     if config.tie_word_embeddings:  # a tied table reads a part of so long a text
         options["calibration_samples"] = 60
+    if family == "few":  # fewer batches than processes
+        options["batch_size"] = 16
     # Products depend on the number of threads, as in torch, so all processes have the same number.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for processes in (1, count):

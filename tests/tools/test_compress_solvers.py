@@ -70,6 +70,20 @@ def test_a_right_side_of_zeros_gives_zeros() -> None:
     assert not found.any()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e19, 1e30])
+def test_a_right_side_of_any_size_is_solved(size: float) -> None:
+    system, right = signs_system(128, 48)
+    expected = torch.linalg.solve(system.double(), right.double())
+    found = conjugate_gradients(system, right * size, torch.zeros_like(right))
+    assert found is not None
+    assert torch.allclose(found.double() / size, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_right_side_that_is_infinite_has_no_solution() -> None:
+    system, right = signs_system(128, 48)
+    assert conjugate_gradients(system, right * torch.inf, torch.zeros_like(right)) is None
+
+
 def test_scales_do_not_depend_on_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = pair_moments(torch.ones(40))
     target = torch.randn(64, 40, generator=torch.Generator().manual_seed(1))

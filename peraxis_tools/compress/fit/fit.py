@@ -114,9 +114,10 @@ class FittedMatrix:
 @dataclass(frozen=True)
 class Hessian:
     """H in float32, the factor of its inverse (if signs are chosen); if teacher inputs are known and differ from the
-    student's, E in float32, and, without that factor, L with S H S = L L^T, S the diagonal that makes that of S H S 1.
+    student's, E in float32, and, without that factor, L with H = L L^T.
 
-    The damping bounds the condition of S H S: its eigenvalues are at least lambda / (1 + lambda). So L is float32.
+    L is float32: an error of a Cholesky factor does not depend on the sizes of the inputs, and the damping bounds the
+    condition of H with these sizes taken out.
     """
 
     matrix: Tensor
@@ -143,8 +144,7 @@ class Hessian:
             return self.factor.solved(rows)
         if self.lower is None:
             raise ValueError("a Hessian with teacher inputs and without a factor")
-        size = torch.diagonal(self.matrix).rsqrt()
-        return torch.cholesky_solve((rows * size).t(), self.lower).t().mul(size).contiguous()
+        return torch.cholesky_solve(rows.t(), self.lower).t().contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,7 @@ def hessian_of(moments: Moments, *, signs: bool) -> Hessian | None:
         hessian.diagonal().add_(damping)
         factor = inverse_factor(hessian)
     elif differs:
-        size = torch.diagonal(matrix).rsqrt()
-        scaled = matrix * size
-        lower = torch.linalg.cholesky(scaled.mul_(size[:, None]), out=scaled)
+        lower = torch.linalg.cholesky(matrix)
     cross = moments.E.float() if moments.E is not None and differs else None
     return Hessian(matrix=matrix, factor=factor, cross=cross, lower=lower)
 

@@ -37,7 +37,6 @@ from peraxis_tools.compress.fit.table import fit_table, importance
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.orientation import OrientedModule
 from peraxis_tools.compress.model.weights import Weights, kept_rows
-from peraxis_tools.compress.options import OptionError
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
@@ -73,9 +72,9 @@ class LayerwiseCalibration:
     ) -> None:
         self.teacher, self.student = teacher, student
         self.names, self.options, self.work, self.processes = names, options, work, processes
-        self.text = Text(every=batches, places=processes.shard_indices(len(batches)), crossed=crossed)
-        if len(batches) < processes.count:
-            raise OptionError(f"{processes.count} processes for {len(batches)} batches; give fewer, or a smaller batch")
+        places = processes.shard_indices(len(batches))
+        # A process without a batch runs the first one, so that it takes part in every step, and adds nothing.
+        self.text = Text(every=batches, places=places or [0], crossed=crossed, idle=not places)
         self.modules = {module.name: module for module in plan.modules}
         self.fitted: dict[str, FittedModule] = {}
         self.weights = Weights(
@@ -203,7 +202,7 @@ class LayerwiseCalibration:
     def _counts(self, rows: int) -> Tensor:
         """How often the text of all processes has each of the first tokens, int64 [rows]."""
         counts = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        for batch in self.text.batches:
+        for batch in () if self.text.idle else self.text.batches:
             counts += torch.bincount(batch.ids.flatten(), minlength=rows)[:rows]
         self.processes.add([counts])
         return counts

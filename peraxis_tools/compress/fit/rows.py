@@ -18,7 +18,7 @@ from peraxis_tools.heap import trim_heap
 
 __all__ = ["fit_used_rows", "has_unused_rows"]
 
-_ROWS: Final = 1024  # that are fitted together
+_ROWS: Final = 1024  # that are fitted together; not fewer than inputs, for which W_f E H^-1 is shared
 _MOST_USED: Final = 0.5
 
 
@@ -42,7 +42,7 @@ def fit_used_rows(matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOpti
     for k, term in enumerate(refined):
         signs[k][used], rows[k][used] = term.signs, term.row
     trim_heap()  # of the refined rows; the signs of all rows are the largest tensors of the fit
-    for chosen in (~matrix.used).nonzero()[:, 0].split(_ROWS):
+    for chosen in (~matrix.used).nonzero()[:, 0].split(max(_ROWS, matrix.base.shape[1])):
         some = matrix.rows(chosen)
         rest = quadratic(some.delta, some.fine_tuned, hessian).target
         for k, term in enumerate(refined):

@@ -202,7 +202,11 @@ def conjugate_gradients(system: Tensor, right: Tensor, start: Tensor) -> Tensor 
 
     system: symmetric, float32 [d, d]. The residual that decides is computed from the solution, not by recurrence.
     """
-    found, wanted = start.clone(), _EXACT * float(torch.linalg.vector_norm(right))
+    largest = float(right.abs().max())
+    if largest == 0.0 or not math.isfinite(largest):
+        return torch.zeros_like(right) if largest == 0.0 else None
+    right, found = right / largest, start / largest  # so that no square is too large or too small
+    wanted = _EXACT * float(torch.linalg.vector_norm(right))
     rest = right - system @ found
     direction, energy = rest.clone(), float(torch.dot(rest, rest))
     for _ in range(_STEPS):
@@ -216,7 +220,7 @@ def conjugate_gradients(system: Tensor, right: Tensor, start: Tensor) -> Tensor 
         rest.sub_(image, alpha=energy / curvature)
         before, energy = energy, float(torch.dot(rest, rest))
         direction.mul_(energy / before).add_(rest)
-    return found if float(torch.linalg.vector_norm(right - system @ found)) <= 2 * wanted else None
+    return found * largest if float(torch.linalg.vector_norm(right - system @ found)) <= 2 * wanted else None
 
 
 def _fit_scalar(term: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:

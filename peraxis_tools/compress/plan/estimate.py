@@ -5,7 +5,8 @@ outside the layers, N tokens of text in samples of n, and d the width of the hid
 
     generate     g P with g bytes a value, keys and values of the samples of a batch, logits of a step
     sensitivity  c P, packed masks; activations, logits and the largest gradient of one sample
-    table        c O, a float32 copy of the table, those of both checkpoints, and its signs, a byte each
+    table        c O, a float32 copy of the table, those of both checkpoints, its signs, a byte each, and 12 float32
+                 copies of the rows that the text uses
     blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
     distill      the teacher, then its head, the base in the file's dtype, packed signs (and 4 bytes a trained sign),
                  activations and some logits of one sample, copies of the largest matrix
@@ -39,6 +40,7 @@ _OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj
 _KEYS: Final = frozenset({"k_proj", "v_proj"})
 _TRIAL_ROWS: Final = 128
 _FLOAT: Final = 4
+_REFINED_COPIES: Final = 12  # of the refined rows of a table
 _SUMS: Final = 8  # float64 matrices as wide as an input, while it is fitted; two of float32 count as one
 _ACTIVATIONS: Final = 4  # values that a backward pass keeps of a token, for each value of an input of a matrix
 _TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and AdamW's two moments
@@ -193,8 +195,11 @@ def _sensitivity(plan: Plan, text: Text) -> StageWork:
 def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork:
     largest = max(map(_values, tables))
     masks = max(module.components for module in tables)
-    copies = _FLOAT * largest + 2 * tables[0].dtype.itemsize * largest + masks * largest  # a sign is a byte
     used = 10.0 * float(text.tokens) ** 0.6  # of a text of natural language
+    # A table of which the text uses more than half of the rows is refined as a whole (fit/rows.py).
+    refined = max(_values(m) if 2 * used > m.shape[0] else used * m.shape[-1] for m in tables)
+    copies = _FLOAT * (largest + int(_REFINED_COPIES * refined))
+    copies += (2 * max(module.dtype.itemsize for module in tables) + masks) * largest  # a sign is a byte
     work = sum(
         fit_operations(int(min(m.shape[0], used)), m.shape[-1], m.components)
         + (4.0 * m.components + 4.0) * m.shape[0] * m.shape[-1] ** 2

@@ -40,7 +40,8 @@ def with_text(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOptio
     length = checked_length(fine_tuned.config(), options.sequence_length, fine_tuned.tensors.label)
     if fine_tuned.folder is not None:
         check_tokenizer_files(fine_tuned.folder, fine_tuned.tensors.label)
-    samples = options.calibration_samples
-    if samples is None:
+    samples = options.text_samples
+    # The paper's fit and distillation take steps, whose number is that of the samples.
+    if options.calibration_samples is None and options.resolved_fit != "adamw" and not options.distill_samples:
         samples = sample_count(fine_tuned.tensors.infos(), length)
     return replace(options, sequence_length=length, calibration_samples=samples)

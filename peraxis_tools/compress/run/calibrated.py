@@ -116,7 +116,7 @@ class CalibratedFit:
                 self._base, self._fine_tuned, plan, self._output, self._given, self._options, self._progress
             )
             self._quiet.enter_context(continued(opened.work, notes=opened.processes.is_main_process))
-            count = generated_count(plan, self._options, opened.dtype)
+            count = generated_count(plan, self._options)
             self._opened = _with_generated(opened, count, self._options, self._progress) if count else opened
         return self._opened
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -102,23 +101,23 @@ def inputs_digest(
     return digest.hexdigest()
 
 
-def generated_count(plan: Plan, options: CompressOptions, dtype: torch.dtype) -> int:
-    """The number of generated samples: the option; or as many as of the text, 16 at most, if the model is not larger
-    than the limit of hidden states.
-
-    dtype: that the model computes in.
+def generated_count(plan: Plan, options: CompressOptions) -> int:
+    """The number of generated samples: the option; or as many as of the text, 16 at most, if the checkpoint is not
+    larger than the limit of hidden states.
     """
     if options.generated_samples is not None:
         return options.generated_samples
-    size = sum(math.prod(module.shape) for module in plan.modules) * dtype.itemsize
-    fits = size <= options.hidden_limit and options.resolved_fit != "adamw"
+    fits = plan.full_bytes <= options.hidden_limit and options.resolved_fit != "adamw"
     return min(GENERATED_SAMPLES, options.text_samples) if fits else 0
 
 
 def sampling_dtype(plan: Plan, device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """BF16 for a BF16 model where the device's instructions allow it: half the memory, and a third of the time."""
     own = {module.dtype for module in plan.modules if len(module.shape) > 1}
-    fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if own == {DType.BF16} and fast and dtype is torch.float32 else dtype
 
 
@@ -126,7 +125,7 @@ def text_of(plan: Plan, options: CompressOptions, device: torch.device, dtype: t
     """The samples of a run, for its estimate. dtype: that the model computes in."""
     return Text(
         samples=options.text_samples,
-        generated=generated_count(plan, options, dtype),
+        generated=generated_count(plan, options),
         length=options.sequence_length,
         value_bytes=dtype.itemsize,
         distilled=options.distill_samples,

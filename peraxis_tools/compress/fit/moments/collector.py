@@ -71,7 +71,7 @@ class Text:
             its = [i for i, batch in enumerate(self.every) if batch.validation is validation]
             chosen.update(its[: max(1, round(share * len(its)))])
         places = [i for i in self.places if i in chosen]
-        return replace(self, places=places or self.places[:1], idle=not places)
+        return replace(self, places=places or self.places[:1], idle=self.idle or not places)
 
 
 @dataclass(frozen=True, slots=True)
