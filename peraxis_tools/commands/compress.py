@@ -106,7 +106,8 @@ class _Compress(click.Command):
 @click.option(
     "--generated-samples",
     type=int,
-    help="Samples that the fine-tuned model generates.  [default: as many, 16 at most, if memory allows]",
+    help="Samples that the fine-tuned model generates.  [default: as many as of the text if memory allows; 16 at most "
+    "without distillation]",
 )
 @click.option("--distill-samples", type=int, help="Samples for end-to-end distillation.  [default: 0, none]")
 @click.option("--distill-epochs", type=int, help="Epochs of the distillation.  [default: 5]")

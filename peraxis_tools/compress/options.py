@@ -88,8 +88,8 @@ class CompressOptions:
     held_out       the share of the calibration samples that is kept for validation: of a single text's fit, and of the
                    distillation. Several texts, as are the generated samples, validate each other
     generated_samples  samples that the fine-tuned model generates; they are added to the text, as its own domain. None
-                   means as many as of the text, 16 at most, if the whole model fits into `hidden_limit`; and none
-                   otherwise or for the paper's fit
+                   means as many as of the text (16 at most without distillation), if the checkpoint fits into
+                   `hidden_limit`; and none otherwise or for the paper's fit
     distill_samples  samples for the end-to-end distillation of all scales afterwards; 0 means none
     distill_lr     the learning rate of the scales, relative to their size; distill_sign_lr: that of the signs (0 keeps
                    them); distill_full_lr: that of tensors stored full, relative to their size (0 keeps them exact)

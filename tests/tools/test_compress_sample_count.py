@@ -19,6 +19,7 @@ from peraxis_tools.compress import options_file
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import pair_plan
 from peraxis_tools.compress.plan.sample_count import sample_count
+from peraxis_tools.compress.run.inputs import generated_count
 from peraxis_tools.environment import resolve_dtype
 from tests.tools.compress_pairs import llama_config, write_pair
 
@@ -93,6 +94,22 @@ def test_options_of_an_earlier_file_without_a_text_are_read(tmp_path: Path, monk
     monkeypatch.setattr(options_file, "open_delta", earlier)
     options = CompressOptions.from_mapping(options_file.read_options(tmp_path / "earlier.pxd"))
     assert options.resolved_fit == "none"
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ({"calibration_samples": 4}, 4),
+        ({"calibration_samples": 40}, 16),
+        ({"calibration_samples": 40, "generated_samples": 3}, 3),
+        ({"calibration_samples": 16, "distill_samples": 28}, 44),
+        ({"calibration_samples": 16, "fit": "adamw"}, 0),
+        ({"calibration_samples": 16, "hidden_limit": 99}, 0),
+    ],
+)
+def test_the_model_writes_as_many_samples_as_the_text_has(given: dict[str, Any], count: int) -> None:
+    checkpoint: Any = SimpleNamespace(full_bytes=100)
+    assert generated_count(checkpoint, CompressOptions(calibration="c4", **given)) == count
 
 
 def test_samples_that_are_asked_for_are_kept() -> None:

@@ -102,13 +102,17 @@ def inputs_digest(
 
 
 def generated_count(plan: Plan, options: CompressOptions) -> int:
-    """The number of generated samples: the option; or as many as of the text, 16 at most, if the checkpoint is not
-    larger than the limit of hidden states.
+    """The number of generated samples: the option; or, if the checkpoint is not larger than the limit of hidden states,
+    as many as of the text, for a fit without distillation 16 at most.
     """
     if options.generated_samples is not None:
         return options.generated_samples
     fits = plan.full_bytes <= options.hidden_limit and options.resolved_fit != "adamw"
-    return min(GENERATED_SAMPLES, options.text_samples) if fits else 0
+    if not fits:
+        return 0
+    if options.distill_samples:
+        return options.text_samples + options.distill_samples
+    return min(GENERATED_SAMPLES, options.text_samples)
 
 
 def sampling_dtype(plan: Plan, device: torch.device, dtype: torch.dtype) -> torch.dtype:
