@@ -85,9 +85,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str) -> torch.dtype:
     """The dtype that blocks are computed in. auto: float32 on each device.
 
-    A fit needs the difference of the two models' states, which is of the size of bfloat16's rounding: with bfloat16 the
-    KL of the default is 2.5 times as large (docs/figures.md). Weights are those of the file, rounded to their own
-    dtype, for each choice.
+    With bfloat16 the KL of the default is 2.5 times as large (docs/figures.md). Weights are those of the file, rounded
+    to their own dtype, for each choice.
     """
     found: torch.dtype = torch.float32 if name == "auto" else getattr(torch, name)
     return found

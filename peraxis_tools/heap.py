@@ -19,8 +19,8 @@ def tune_process() -> None:
     torch's threads wait without using a processor.
 
     By default glibc gives each thread a heap, where what one thread frees is of no use to another, and keeps freed
-    tensors between others, where no larger one fits. What is returned at once comes back as fresh pages: huge ones, if
-    the system has them, because small ones would take a fifth of the time. The settings stay until the process ends, so
+    tensors between others, where no larger one fits. What is returned at once comes back as fresh pages, which take
+    less time if they are huge and the system has them. The settings stay until the process ends, so
     a command calls this, before it imports torch, and a function does not.
     """
     for name, value in _VARIABLES.items():

@@ -2,7 +2,7 @@
 
 A fit of a matrix with d inputs estimates d x d moments, so the tokens grow with the widest matrix: 4/3 of its inputs of
 the text, and as many of the model's own samples (16 at most). On SmolLM2-135M twice as many tokens lower the KL by a
-quarter at most, and a text that outweighs the model's own samples makes it worse (docs/figures.md). A small model takes
+third at most, and 50 samples of a text beside 16 of the model's own raise it (docs/figures.md). A small model takes
 little time and gets more: up to 50 samples, as in the paper. A mixture of experts gets 50 too, because an expert reads
 only a part of the tokens.
 
