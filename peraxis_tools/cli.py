@@ -28,6 +28,7 @@ with interrupts_end():
     from peraxis_format.ops.compiling import PROGRESS
     from peraxis_tools.completing import completing_files
     from peraxis_tools.errors import OptionError, ToolError, error_line
+    from peraxis_tools.memory_errors import out_of_memory
     from peraxis_tools.notes import LOGGER
     from peraxis_tools.option_names import on_the_command_line
     from peraxis_tools.optional import MissingPackageError, missing
@@ -114,10 +115,13 @@ def _usage(error: click.ClickException) -> str:
 
 def _said(error: BaseException) -> str:
     """One line for an error of a verb, with options as the user types them."""
-    named = isinstance(error, OptionError) and len(sys.argv) > 1
-    command = cli.get_command(click.Context(cli), sys.argv[1]) if named else None
-    options = [] if command is None else [name for parameter in command.params for name in parameter.opts]
-    return on_the_command_line(error_line(error), options)
+    return on_the_command_line(error_line(error), _options() if isinstance(error, OptionError) else ())
+
+
+def _options() -> list[str]:
+    """The options of the verb that runs, like `--masks`."""
+    command = cli.get_command(click.Context(cli), sys.argv[1]) if len(sys.argv) > 1 else None
+    return [] if command is None else [name for parameter in command.params for name in parameter.opts]
 
 
 def _with_notes(line: str, error: BaseException) -> str:
@@ -224,10 +228,10 @@ def _told() -> int:
             return 0  # the reader of standard output closed it (`| head`), which is not an error
         print_error(_with_notes(error_line(error), error))
         return ToolError.exit_status
-    except MemoryError as error:
-        print_error(_with_notes("out of memory; use a machine with more memory, or smaller batches and samples", error))
-        return ToolError.exit_status
     except Exception as error:
+        if (line := out_of_memory(error, _options())) is not None:
+            print_error(_with_notes(line, error))
+            return ToolError.exit_status
         _show_traceback()
         print_error(_unexpected(error))
         return ToolError.exit_status

@@ -1,4 +1,4 @@
-"""Names of options in errors: functions say `overwrite (--overwrite)`, and the command line says `--overwrite`."""
+"""Options in errors and notes: functions say `overwrite (--overwrite)`, the command line says `--overwrite`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Final
 
 __all__ = ["on_the_command_line"]
 
-_BOTH: Final = re.compile(r"(?:\bthe )?\b[a-z][a-z_-]* \((?P<option>--[a-z][^()]*)\)")
+_BOTH: Final = re.compile(r"(?:\bthe )?\b[a-z][a-z_-]*(?:=\w+)? \((?P<option>--[a-z][^()]*)\)")
 _FIRST: Final = re.compile(r"[a-z][a-z_]*(?= )")
 
 
-def on_the_command_line(message: str, options: Collection[str]) -> str:
-    """The message of an error with the names that a user of the command line types.
+def on_the_command_line(message: str, options: Collection[str] = ()) -> str:
+    """The message of an error or a note with the names that a user of the command line types.
 
-    `name (--option)` becomes `--option`. A message that begins with an argument's name begins with the option, if the
-    command has it. options: those of the command, like `--masks`; empty for a message that begins with something else.
+    `name (--option)` and `name=False (--option)` become `--option`. A message that begins with an argument's name
+    begins with the option, if the command has it. options: those of the command, like `--masks`; empty for a message
+    that begins with something else.
     """
     shown = _BOTH.sub(r"\g<option>", message)
     first = _FIRST.match(shown)

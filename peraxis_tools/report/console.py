@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peraxis_tools.consoles import shows_progress, standard_error, standard_output
+from peraxis_tools.option_names import on_the_command_line
 from peraxis_tools.optional import require
 from peraxis_tools.shown import size, visible
 from peraxis_tools.standard_streams import report_stream
@@ -149,7 +150,7 @@ class _NoteHandler(logging.Handler):
         message = record.getMessage()
         if message not in self._said:
             self._said.add(message)
-            print_note(f"note: {message}")
+            print_note(f"note: {on_the_command_line(message)}")
 
 
 class _ProgressHandler(logging.Handler):

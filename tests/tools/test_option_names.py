@@ -19,6 +19,7 @@ from peraxis_tools.option_names import on_the_command_line
         ("a.pxd: exists; pass overwrite (--overwrite)", "a.pxd: exists; pass --overwrite"),
         ("pass the base (--base), which is 'b'", "pass --base, which is 'b'"),
         ("give texts (--text domain=file) or tasks (--tasks)", "give --text domain=file or --tasks"),
+        ("pass normalize=False (--no-normalize)", "pass --no-normalize"),
         ("held_out 2.0: must be", "--held-out 2.0: must be"),
         ("seed does nothing without a fit", "--seed does nothing without a fit"),
         ("seed: no such file", "seed: no such file"),
