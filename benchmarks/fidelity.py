@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -70,8 +71,12 @@ def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Bench
     from peraxis_tools.evaluate import evaluate
 
     label = METHODS[method][0]
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # as on the command line
     done = subprocess.run(
-        [sys.executable, __file__, "--one", method, "--inputs", inputs.to_json()], capture_output=True, text=True
+        [sys.executable, __file__, "--one", method, "--inputs", inputs.to_json()],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     if done.returncode != 0:
         sys.stderr.write(f"{label}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}\n")

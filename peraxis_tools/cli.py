@@ -17,9 +17,11 @@ with interrupts_end():
     import traceback
     from typing import Final
 
-    # The tools distribute tensors over threads themselves, so numpy's own threads would only compete. numpy reads this
-    # once, when it is imported.
+    # The libraries read these once, when they are imported. The tools distribute tensors over threads themselves, so
+    # numpy's own threads would only compete. A thread of torch that waits for another one sleeps: by default it spins,
+    # and beside a busy program most of the time goes there.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     import click
 

@@ -1,4 +1,4 @@
-"""Memory and threads of a process that compresses: settings of the C library and of torch, and freed memory."""
+"""Memory of a process that compresses: settings of the C library and of torch, and freed memory."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ __all__ = ["trim_heap", "tune_process"]
 
 # M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
 _HEAP: Final = ((-8, 1), (-3, 8 << 20), (-1, 256 << 20))
-# torch takes large tensors from huge pages; a thread of OpenMP that waits sleeps, where by default it spins.
-_VARIABLES: Final = {"THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "passive"}
+_HUGE_PAGES: Final = "THP_MEM_ALLOC_ENABLE"  # torch takes large tensors from them
 
 
 def tune_process() -> None:
-    """Let all threads share one heap, and return tensors above 8 MB at once, if the C library can (glibc); and let
-    torch's threads wait without using a processor.
+    """Let all threads share one heap, and return tensors above 8 MB at once, if the C library can (glibc).
 
     By default glibc gives each thread a heap, where what one thread frees is of no use to another, and keeps freed
     tensors between others, where no larger one fits. What is returned at once comes back as fresh pages, which take
     less time if they are huge and the system has them. The settings stay until the process ends, so
     a command calls this, before it imports torch, and a function does not.
     """
-    for name, value in _VARIABLES.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault(_HUGE_PAGES, "1")
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if tune is not None:
         for parameter, size in _HEAP:

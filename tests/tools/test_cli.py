@@ -112,6 +112,14 @@ def test_light_verbs_import_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_threads_that_wait_for_each_other_sleep_in_every_verb() -> None:
+    """Spinning threads made the training of the demo ten times slower beside other programs."""
+    code = "import peraxis_tools.cli, os, sys; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert run.stdout == "passive\n"
+
+
 def test_errors_are_one_line_on_standard_error_with_the_code_of_their_kind(delta: Path, tmp_path: Path) -> None:
     for arguments, code in (
         (("inspect", tmp_path / "missing.pxd"), 2),
