@@ -57,7 +57,7 @@ def scalar(texts: Sequence[torch.Tensor]) -> torch.Tensor:
     base, tuned = pair()
     hessian = hessian_of(moments_of(torch.cat(list(texts))), signs=False)
     assert hessian is not None
-    problem = quadratic(tuned - base, tuned, hessian)
+    problem = quadratic(tuned - base + hessian.correction(tuned), hessian)
     return dense(fit_terms(problem, Axis.TENSOR, FitOptions(refine=False)), base)
 
 

@@ -62,7 +62,7 @@ def error_of(residual: torch.Tensor, tuned: torch.Tensor, moments: Moments) -> f
 def problem_of(tuned: torch.Tensor, base: torch.Tensor, moments: Moments) -> Quadratic:
     hessian = hessian_of(moments, signs=True)
     assert hessian is not None
-    return quadratic(tuned - base, tuned, hessian)
+    return quadratic(tuned - base + hessian.correction(tuned), hessian)
 
 
 def fit_one(

@@ -99,7 +99,7 @@ def test_scales_do_not_depend_on_the_solver(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("largest", [1.0, 1e2, 1e5])
-def test_the_shift_in_float32_agrees_with_float64_for_inputs_of_any_size(largest: float) -> None:
+def test_the_correction_in_float32_agrees_with_float64_for_inputs_of_any_size(largest: float) -> None:
     sizes = torch.logspace(0.0, torch.log10(torch.tensor(largest)).item(), 24)
     moments = pair_moments(sizes)
     tuned = torch.randn(10, 24, generator=torch.Generator().manual_seed(2)) / sizes
@@ -108,5 +108,5 @@ def test_the_shift_in_float32_agrees_with_float64_for_inputs_of_any_size(largest
     assert moments.E is not None
     exact = moments.G + torch.diag(hessian.matrix.diagonal().double() - moments.G.diagonal())
     expected = torch.linalg.solve(exact, (tuned.double() @ moments.E).t()).t()
-    shift = hessian.shift(tuned).double()
-    assert torch.allclose(shift * sizes, expected * sizes, rtol=0, atol=1e-4 * float((expected * sizes).abs().max()))
+    found = hessian.correction(tuned).double()
+    assert torch.allclose(found * sizes, expected * sizes, rtol=0, atol=1e-4 * float((expected * sizes).abs().max()))

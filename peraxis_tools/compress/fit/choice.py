@@ -14,6 +14,10 @@ the module has inputs; with fewer, every fit would look worse than the final one
 The first of refined, scales and scalar that is never worse than the scalar is taken. It must then be better than `none`
 and `same` by more than chance, a share 1 / sqrt(validation tokens). The chosen fit is repeated on all tokens; the
 reported errors are those of the first fit, on tokens that it had not seen.
+
+Of the correction (fit.py) a fit takes the share s of least error on the validation tokens. What is not noise in it is
+the same for any number of tokens, and noise has a variance of 1 / tokens, so s becomes r s / (1 + (r - 1) s) for r
+times the tokens, on which the chosen fit is repeated.
 """
 
 from __future__ import annotations
@@ -84,7 +88,7 @@ def _add_direction(trials: Sequence[_Trial], fit: Moments, validation: Moments, 
     if hessian is None and not first:
         return  # all inputs are zero, so the first result is final
     for trial in trials:
-        trial.add(hessian, validation)
+        trial.add(hessian, validation, fit.tokens)
 
 
 class _Trial:
@@ -99,14 +103,18 @@ class _Trial:
         self._axis = matrix.axes[0] if len(matrix.axes) == 1 else None
         self._errors: dict[str, list[float]] = {}
         self._tokens: list[int] = []
+        self._shares: list[float] = []  # of the correction, for as many tokens as the final fit has
 
-    def add(self, hessian: Hessian | None, held_out: Moments) -> None:
-        """Add a direction: the candidates of this Hessian, validated on these tokens."""
+    def add(self, hessian: Hessian | None, held_out: Moments, tokens: int) -> None:
+        """Add a direction: the candidates of this Hessian, of so many tokens, validated on others."""
         validation = Validation(self._some.fine_tuned, held_out)
         self._tokens.append(max(validation.tokens, 1))
         candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._plain, _SAME: ()}
         if hessian is not None:
-            candidates.update(self._fitted(quadratic(self._some.delta, self._some.fine_tuned, hessian), validation))
+            correction = hessian.correction(self._some.fine_tuned)
+            share = validation.share(correction)
+            self._shares.append(_share_of_all(share, self._all_tokens / max(tokens, 1)))
+            candidates.update(self._fitted(quadratic(self._some.delta + share * correction, hessian), validation))
         for kind, terms in candidates.items():
             self._errors.setdefault(kind, []).append(self._error(terms, validation))
 
@@ -176,10 +184,12 @@ class _Trial:
 
     def _on_all(self, hessian: Hessian, axis: Axis, *, refined: bool) -> tuple[ComponentFit, ...]:
         matrix, options = self._matrix, self._options if refined else FitOptions(refine=False)
+        share = sum(self._shares) / len(self._shares)
         if refined and has_unused_rows(matrix, axis):
-            return fit_used_rows(matrix, axis, hessian, options)
+            return fit_used_rows(matrix, axis, hessian, options, share=share)
         whole = matrix.rows()
-        return self._terms(quadratic(whole.delta, whole.fine_tuned, hessian), axis, options)
+        target = whole.delta + share * hessian.correction(whole.fine_tuned)
+        return self._terms(quadratic(target, hessian), axis, options)
 
     def _why_none(self) -> str:
         why = "calibration does not improve it" if _SCALES in self._errors else "no calibration token reaches it"
@@ -189,6 +199,11 @@ class _Trial:
         """The mean error over all validation tokens."""
         total = sum(error * n for error, n in zip(self._errors[kind], self._tokens, strict=True))
         return total / sum(self._tokens)
+
+
+def _share_of_all(share: float, times: float) -> float:
+    """The share of the correction for so many times the tokens."""
+    return times * share / (1.0 + (times - 1.0) * share)
 
 
 def _nowhere_worse(errors: Sequence[float], than: Sequence[float]) -> bool:

@@ -8,13 +8,15 @@ lambda keeps signs from relying on correlations that other text does not have. I
 few inputs of a language model are far larger than the others. mu adds an isotropic term, half a token for each
 dimension, because few tokens give a poor estimate of G. The target
 
-    T = D + W_f E H^-1      minimises   ||R - X T^T||^2 + the damping of (D - T)        (D* of the dense fit)
+    T = D + s W_f E H^-1    for s = 1 minimises   ||R - X T^T||^2 + the damping of (D - T)      (D* of the dense fit)
 
 and, up to a constant, a delta Q costs  J(Q) = tr((T - Q) H (T - Q)^T). So one objective serves all fits: scales
 (scales.py) and signs (signs.py) minimise J, component by component, then jointly. H and its factor are shared by all
 modules that read this input.
 
-It is not known in advance whether calibration helps, so choice.py fits on one text and validates on another.
+The correction W_f E H^-1 makes up for the errors of the blocks before. It has as many unknowns as the module has
+weights, so with few tokens most of it is noise; choice.py finds the share s of least error on another text, and so
+whether calibration helps at all. More damping for the correction alone, in place of s, gains as much.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ class Hessian:
     cross: Tensor | None
     lower: Tensor | None
 
-    def shift(self, fine_tuned: Tensor) -> Tensor:
+    def correction(self, fine_tuned: Tensor) -> Tensor:
         """W_f E H^-1, float32 [d_out, d_in], solved for W_f's rows or for E's, whichever are fewer."""
         if self.cross is None:
             return torch.zeros_like(fine_tuned)
@@ -176,9 +178,8 @@ def hessian_of(moments: Moments, *, signs: bool) -> Hessian | None:
     return Hessian(matrix=matrix, factor=factor, cross=cross, lower=lower)
 
 
-def quadratic(delta: Tensor, fine_tuned: Tensor, hessian: Hessian) -> Quadratic:
-    """The objective of one module. delta, fine_tuned: float32 [d_out, d_in]."""
-    target = delta + hessian.shift(fine_tuned)
+def quadratic(target: Tensor, hessian: Hessian) -> Quadratic:
+    """The objective of one module. target: T, float32 [d_out, d_in]."""
     return Quadratic(target=target, target_hessian=target @ hessian.matrix, hessian=hessian)
 
 

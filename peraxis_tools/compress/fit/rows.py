@@ -29,13 +29,17 @@ def has_unused_rows(matrix: Matrix, axis: Axis) -> bool:
     return 0.0 < float(matrix.used.float().mean()) < _MOST_USED
 
 
-def fit_used_rows(matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOptions) -> tuple[ComponentFit, ...]:
-    """Fit the components of all rows; see above."""
+def fit_used_rows(
+    matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOptions, *, share: float = 1.0
+) -> tuple[ComponentFit, ...]:
+    """Fit the components of all rows; see above. share: that of the correction (fit.py)."""
     if matrix.used is None:
         raise ValueError("a matrix without known rows")
     used = matrix.used.nonzero()[:, 0]
     some = matrix.rows(used)
-    refined = fit_terms(quadratic(some.delta, some.fine_tuned, hessian), axis, options, components=matrix.components)
+    problem = quadratic(some.delta + share * hessian.correction(some.fine_tuned), hessian)
+    refined = fit_terms(problem, axis, options, components=matrix.components)
+    del problem
     trim_heap()  # of the trials
     signs = [torch.empty(matrix.base.shape, dtype=torch.bool, device=used.device) for _ in refined]
     rows = [some.base.new_empty(len(matrix.base)) for _ in refined]
@@ -44,7 +48,7 @@ def fit_used_rows(matrix: Matrix, axis: Axis, hessian: Hessian, options: FitOpti
     trim_heap()  # of the refined rows; the signs of all rows are the largest tensors of the fit
     for chosen in (~matrix.used).nonzero()[:, 0].split(max(_ROWS, matrix.base.shape[1])):
         some = matrix.rows(chosen)
-        rest = quadratic(some.delta, some.fine_tuned, hessian).target
+        rest = some.delta + share * hessian.correction(some.fine_tuned)
         for k, term in enumerate(refined):
             start = ComponentFit(axis=Axis.ROW, signs=rest >= 0, row=rest.new_ones(len(rest)), col=term.col)
             found = fit_scales(start, rest, hessian.matrix)

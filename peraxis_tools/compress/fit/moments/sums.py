@@ -181,6 +181,13 @@ class Validation:
             error += 2 * _dot(self._cross, residual)
         return max(error, 0.0) / max(self.tokens, 1)
 
+    def share(self, correction: Tensor) -> float:
+        """The share, 0 to 1, of a correction of the delta (float32 [d_out, d_in]) whose error is least."""
+        energy = _dot(correction @ self._gram, correction)
+        if self._cross is None or not energy > 0.0:
+            return 1.0
+        return min(max(_dot(self._cross, correction) / energy, 0.0), 1.0)
+
 
 def _dot(left: Tensor, right: Tensor) -> float:
     return float(torch.sum(left * right, dtype=torch.float64))
