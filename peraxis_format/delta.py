@@ -43,6 +43,7 @@ EXPONENT_MIN: Final = -64
 EXPONENT_MAX: Final = 63
 # Scales are moved so that the largest lies in [2^14, 2^15): F16 keeps 11 bits down to 2^-14, 28 octaves below.
 _TOP: Final = 15
+_OVERFLOW: Final = 65520.0  # the least number that F16 rounds to infinity
 
 
 class Axis(Enum):
@@ -275,14 +276,21 @@ def encode_scales(scales: NDArray[np.floating]) -> tuple[NDArray[np.float16], in
     """Round scales to F16 under one exponent that uses F16's full precision (SPEC 5.5).
 
     scales: any shape, finite, >= 0. Returns (F16 array, e) with scales ~ array * 2^e, relative error at most
-    2^-11 for scales within 2^28 of the largest. Raises ShapeError for negative or non-finite scales.
+    2^-11 for scales within 2^28 of the largest. Raises ShapeError for scales that are negative, not finite or too large
+    for F16 and exponent (6e23).
     """
     values = np.asarray(scales, dtype=np.float64)
     if not np.all(np.isfinite(values)) or np.any(values < 0):
         raise ShapeError("scales must be finite and not negative; fold a negative fit into the signs")
     exponent = min(max(_exponent(float(values.max(initial=0.0))), EXPONENT_MIN), EXPONENT_MAX)
     # + 0.0 turns -0 into +0 (SPEC 5.4).
-    return np.ldexp(values, -exponent).astype(np.float16) + np.float16(0.0), exponent
+    return _to_f16(np.ldexp(values, -exponent)) + np.float16(0.0), exponent
+
+
+def _to_f16(scales: NDArray[np.float64]) -> NDArray[np.float16]:
+    if float(scales.max(initial=0.0)) >= _OVERFLOW:
+        raise ShapeError(f"a scale is too large for F16 and an exponent of {EXPONENT_MAX}")
+    return scales.astype(np.float16)
 
 
 def encode_scale_pair(
@@ -299,5 +307,5 @@ def encode_scale_pair(
     clamped = min(max(exponent, EXPONENT_MIN), EXPONENT_MAX)
     if clamped != exponent:
         # If the sum is out of the exponent's range, the excess goes back into the rows.
-        row16 = np.ldexp(row16.astype(np.float64), exponent - clamped).astype(np.float16)
+        row16 = _to_f16(np.ldexp(row16.astype(np.float64), exponent - clamped))
     return row16, col16, clamped

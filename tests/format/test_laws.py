@@ -101,6 +101,19 @@ def test_encoded_scales_keep_eleven_bits_of_what_is_near_the_largest(values: np.
     assert np.all(np.abs(back - values)[near] <= values[near] * 2.0**-11)
 
 
+@given(st.floats(0, 1e300), st.floats(0, 1e300))
+def test_scales_are_finite_in_f16_or_refused(row: float, col: float) -> None:
+    rows, cols = np.array([row]), np.array([col])
+    try:
+        row16, col16, exponent = pxd.encode_scale_pair(rows, cols)
+    except pxd.ShapeError:
+        assert max(row, col) >= 2.0**78 or math.log2(row) + math.log2(col) >= 91
+        return
+    assert np.all(np.isfinite(row16))
+    assert np.all(np.isfinite(col16))
+    assert pxd.EXPONENT_MIN <= exponent <= pxd.EXPONENT_MAX
+
+
 def depth(value: object) -> int:
     """Return the nesting depth of arrays and objects."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None

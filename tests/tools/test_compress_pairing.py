@@ -168,6 +168,21 @@ def test_a_weight_that_is_no_number_is_named_with_its_index(
     assert not list(tmp_path.glob("*.pxd*"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_no_scale_reaches_is_named_and_can_be_stored_exactly(
+    tmp_path: Path, dtype: torch.dtype, recwarn: pytest.WarningsRecorder
+) -> None:
+    before, after = ({n: t.to(dtype) for n, t in tensors.items()} for tensors in (weights(), moved(weights())))
+    after[Q][3, 5] = 1e30
+    base, tuned = write(tmp_path / "base", before), write(tmp_path / "tuned", after)
+    with pytest.raises(ToolError, match=rf"tuned: {Q} holds 1e\+30 at \[3, 5\] \(1 of 4096 .*--exact"):
+        compress(base, tuned, tmp_path / "d.pxd")
+    assert not recwarn.list
+    compress(base, tuned, tmp_path / "d.pxd", exact=re.escape(Q))
+    apply(base, tmp_path / "d.pxd", tmp_path / "applied")
+    assert torch.equal(load_file(tmp_path / "applied" / "model.safetensors")[Q], after[Q])
+
+
 def test_what_is_exact_may_hold_anything(tmp_path: Path) -> None:
     before, after = weights(), moved(weights())
     after["model.norm.weight"][3] = float("-inf")

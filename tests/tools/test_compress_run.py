@@ -261,6 +261,13 @@ def test_validation_samples_are_nowhere_fitted() -> None:
     assert (len(parts.fit), len(parts.validation), len(parts.distill_validation)) == (6, 2, 2)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_a_short_text_has_a_sample_for_the_fit_beside_much_distillation(samples: int) -> None:
+    parts = partition([np.arange(2 * samples).reshape(samples, 2)], calibration=4 / 154, validation=0.2)
+    assert len(parts.fit) == 1
+    assert len(parts.distill) >= 1
+
+
 @pytest.mark.realdata
 def test_the_shared_pair_is_compressed_and_rebuilt(shared: Path, tmp_path: Path) -> None:
     base, tuned = (shared / "pairs" / name for name in ("stories260K", "stories260K-shakespeare"))

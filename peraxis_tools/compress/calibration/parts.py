@@ -51,12 +51,13 @@ def halves(parts: Parts, *, crossed: bool) -> Halves:
 def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
     """Split each source into calibration (a share) and distillation, and each of these into training and validation.
 
-    So every part has its share of every source. A part of one sample is not split.
+    So every part has its share of every source, and the calibration one sample of each at least. A part of one sample
+    is not split.
     """
     parts: list[list[Ids]] = [[], [], [], []]
     texts: list[Ids] = []
     for ids in sources:
-        cut = round(calibration * len(ids))
+        cut = max(round(calibration * len(ids)), min(len(ids), 1))
         texts.append(ids[:cut])
         for i, part in enumerate((ids[:cut], ids[cut:])):
             validated = min(max(len(part) - 1, 0), int(np.ceil(validation * len(part))))

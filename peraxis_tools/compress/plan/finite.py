@@ -1,13 +1,17 @@
-"""Find weights that are NaN or infinite before the work begins, and name the tensor, the index and the count."""
+"""Find weights that are NaN, infinite or absurdly large before the work begins; name tensor, index and count.
+
+A fit squares differences of weights in float32, so weights above 2^40, which no model has, are refused like infinity.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
 
-from peraxis_format import Array, DType, Encoding, Safetensors
+from peraxis_format import Array, DType, Encoding, Safetensors, to_float32
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged
 from peraxis_tools.errors import ToolError
@@ -15,11 +19,11 @@ from peraxis_tools.progress import Staged
 
 __all__ = ["check_finite", "check_pair_finite"]
 
-# All exponent bits set: infinity or NaN.
+# The exponent bits, all of which are set in infinity and NaN, and those of 2^40, which F16 does not reach.
 _EXPONENTS: Final = {
-    DType.F32: (np.uint32, 0x7F800000),
-    DType.F16: (np.uint16, 0x7C00),
-    DType.BF16: (np.uint16, 0x7F80),
+    DType.F32: (np.uint32, 0x7F800000, (127 + 40) << 23),
+    DType.F16: (np.uint16, 0x7C00, 0x7C00),
+    DType.BF16: (np.uint16, 0x7F80, (127 + 40) << 7),
 }
 _BLOCK: Final = 1 << 20  # elements of one block
 
@@ -38,7 +42,10 @@ def check_pair_finite(
 
 
 def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_label: str, label: str) -> None:
-    """Raise ToolError if the delta of these two has NaN or infinity. Equal tensors pass, because they need no delta."""
+    """Raise ToolError if one of these two has NaN, infinity or a weight above 2^40.
+
+    Equal tensors pass, because they need no delta.
+    """
     sides = ((base, module.base_dtype, base_label), (fine_tuned, module.dtype, label))
     found = [(array, dtype, name) for array, dtype, name in sides if dtype is not None and _any(array, dtype)]
     if not found:
@@ -49,10 +56,10 @@ def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_lab
     array, dtype, name = found[0]
     bad = np.concatenate([_bad(block, dtype) for block in _blocks(array)])
     at = [int(i) for i in np.unravel_index(int(bad.argmax()), array.shape)]
-    kind = "NaN" if _is_nan(array[tuple(at)], dtype) else "infinity"
     raise ToolError(
-        f"{name}: {module.name} holds {kind} at {at} ({int(bad.sum())} of {array.size} values are not finite); "
-        "repair or fetch the checkpoint again"
+        f"{name}: {module.name} holds {_kind(array[tuple(at)], dtype)} at {at} ({int(bad.sum())} of {array.size} "
+        "values are not finite, or above 2^40); repair or fetch the checkpoint again, or store the tensor bit for bit "
+        f"(--exact {re.escape(module.name)!r})"
     )
 
 
@@ -62,8 +69,8 @@ def _blocks(array: Array) -> Iterable[Array]:
 
 
 def _bad(block: Array, dtype: DType) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    kind, exponent = _EXPONENTS[dtype]
-    bad: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = (block.view(kind) & kind(exponent)) == kind(exponent)
+    kind, exponent, limit = _EXPONENTS[dtype]
+    bad: np.ndarray[tuple[int, ...], np.dtype[np.bool_]] = (block.view(kind) & kind(exponent)) >= kind(limit)
     return bad
 
 
@@ -71,7 +78,9 @@ def _any(array: Array, dtype: DType) -> bool:
     return any(bool(_bad(block, dtype).any()) for block in _blocks(array))
 
 
-def _is_nan(value: Array, dtype: DType) -> bool:
-    kind, exponent = _EXPONENTS[dtype]
+def _kind(value: Array, dtype: DType) -> str:
+    kind, exponent, _ = _EXPONENTS[dtype]
     bits = int(np.asarray(value).view(kind))
-    return bool(bits & (exponent & -exponent) - 1)
+    if bits & exponent < exponent:
+        return f"{float(to_float32(np.asarray(value), dtype)):.3g}"
+    return "NaN" if bits & (exponent & -exponent) - 1 else "infinity"
