@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .generator.applied import applied
+from .generator.base_files import base_files
 from .generator.build import MAGIC, build, expected
 from .generator.container import container
 from .generator.edges import applied_edges, golden_edges, refused_edges
@@ -84,7 +85,7 @@ def corpus() -> Iterator[tuple[str, Entry]]:
         yield from (("invalid", entry) for entry in group())
     yield from (("hostile", entry) for entry in hostile())
     applications = (applied, applied_kinds, applied_packed, applied_updates, applied_bits, refused_bindings)
-    for group in (*applications, applied_edges):
+    for group in (*applications, applied_edges, base_files):
         yield from (("apply", entry) for entry in group())
     for group in (encoded, encoded_packed, encoded_updates):
         yield from (("encode", entry) for entry in group())

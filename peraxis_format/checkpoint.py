@@ -20,7 +20,8 @@ import numpy as np
 
 from peraxis_format.checkpoint_files import INDEX_NAME, SINGLE_NAME, CheckpointFiles, find_files, foreign_kind
 from peraxis_format.dtypes import Array, DType, raw_bytes
-from peraxis_format.errors import CheckpointError
+from peraxis_format.errors import CODES, CheckpointError
+from peraxis_format.strict_json import INTEGER_MAX, Json, StrictJsonError, parse_strict_json
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Safetensors", "TensorInfo"]
 
@@ -270,9 +271,7 @@ def _read_infos(file: Path) -> tuple[list[TensorInfo | _Foreign], _Stamp]:
         if size < 8 or not 2 <= length <= min(_HEADER_MAX, size - 8):
             raise CheckpointError(f"{file}: not a safetensors file, or truncated (header length); fetch it again")
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
-            if not isinstance(header, dict):
-                raise ValueError("it is not an object")
+            header = _header(stream.read(length))
             header.pop("__metadata__", None)
             infos = [_info(name, value, file, 8 + length, size) for name, value in header.items()]
             _check_cover(infos, 8 + length, size)
@@ -281,14 +280,20 @@ def _read_infos(file: Path) -> tuple[list[TensorInfo | _Foreign], _Stamp]:
             raise CheckpointError(f"{file}: malformed safetensors header ({error}); fetch it again") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a header; a key that occurs twice would hide a tensor."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key[:80]!r} occurs twice")
-        found[key] = value
-    return found
+def _header(data: bytes) -> dict[str, Any]:
+    """The members of a header, which is JSON by SPEC 7.5. Raises ValueError."""
+    try:
+        header: Json = parse_strict_json(data)
+    except StrictJsonError as error:
+        raise ValueError(f"{CODES[error.code].meaning}: {error.detail}") from None
+    if not isinstance(header, dict):
+        raise ValueError("it is not an object")
+    if b"\\u" in data:  # only an escape gives an unpaired surrogate
+        try:
+            json.dumps(header, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has text that is not valid Unicode") from None
+    return header
 
 
 def _check_cover(infos: Iterable[TensorInfo | _Foreign], data: int, size: int) -> None:
@@ -305,24 +310,22 @@ def _check_cover(infos: Iterable[TensorInfo | _Foreign], data: int, size: int) -
 
 
 def _whole(value: object) -> int:
-    """A number of a header; it must be an integer, not a float or text that converts to one."""
-    if type(value) is not int:
-        raise ValueError(f"{str(value)[:32]!r} is not an integer")
+    """A number of a header; it must be an integer of the range, not a float or text that converts to one."""
+    if type(value) is not int or not 0 <= value <= INTEGER_MAX:
+        raise ValueError(f"{str(value)[:32]!r} is not an integer from 0 to 2^53 - 1")
     return value
 
 
 def _info(name: str, value: dict[str, Any], file: Path, data: int, size: int) -> TensorInfo | _Foreign:
-    if any("\ud800" <= char <= "\udfff" for char in name):
-        raise CheckpointError(f"{file}: tensor name {name!r} is not valid Unicode; save the checkpoint again")
-    if not isinstance(value["dtype"], str):
-        raise ValueError(f"tensor {name!r}: its dtype is not a text")
+    if not isinstance(value["dtype"], str) or not isinstance(value["shape"], list):
+        raise ValueError(f"tensor {name!r}: its dtype is not a text, or its shape is not a list")
     if len(value["shape"]) > _DIMENSIONS_MAX:
         raise ValueError(f"tensor {name!r}: has {len(value['shape'])} dimensions")
     shape = tuple(map(_whole, value["shape"]))
-    begin, end = (data + _whole(offset) for offset in value["data_offsets"])
+    begin, end = (data + offset for offset in map(_whole, value["data_offsets"]))
     dtype = DType(value["dtype"]) if value["dtype"] in DType.__members__ else None
     fits = end >= begin if dtype is None else dtype.fits(shape) and end - begin == dtype.size_of(shape)
-    if any(d < 0 for d in shape) or not fits or begin < data:
+    if not fits:
         raise ValueError(f"tensor {name!r}: offsets do not fit its shape")
     if end > size:
         raise CheckpointError(f"{file}: ends within tensor {name!r} ({size} of {end} bytes); fetch it again")

@@ -33,9 +33,9 @@ REFUSED: dict[str, tuple[dict[str, Any] | str, str]] = {
     "a gap at the start": ({"a": tensor(1, 4)}, "'a': has a gap before it"),
     "a remainder": ({"a": tensor(0, 3)}, "1 bytes after the last tensor"),
     "an empty tensor within another": ({"a": tensor(0, 4), "z": tensor(2, 2)}, "'z': overlaps another"),
-    "a name twice": (f'{{"a":{ONE},"a":{SECOND}}}', "'a' occurs twice"),
-    "a field twice": (f'{{"a":{ONE[:-1]},"dtype":"U8"}},"b":{SECOND}}}', "'dtype' occurs twice"),
-    "the metadata twice": (f'{{"__metadata__":{{}},"__metadata__":{{}},"a":{ONE},"b":{SECOND}}}', "occurs twice"),
+    "a name twice": (f'{{"a":{ONE},"a":{SECOND}}}', "duplicate key: 'a'"),
+    "a field twice": (f'{{"a":{ONE[:-1]},"dtype":"U8"}},"b":{SECOND}}}', "duplicate key: 'dtype'"),
+    "the metadata twice": (f'{{"__metadata__":{{}},"__metadata__":{{}},"a":{ONE},"b":{SECOND}}}', "duplicate key"),
 }
 READ: dict[str, dict[str, Any]] = {
     "empty tensors at the start, between, and at the end": {

@@ -6,7 +6,7 @@
  * Exit status: 0 accepted, 1 rejected, 2 input or output, 77 unsupported (conformance/README.md, protocol v1).
  * Header and manifest have one spelling each (SPEC 2.16, 3.2), so they are not parsed as JSON: `scan` holds them to
  * patterns that look like SPEC 2 and 3.4. What differs is E122 or E205, whichever clause it breaks besides. The header
- * of a base is taken as safetensors writes it. All is checked before it is used; memory lives until the end. */
+ * of a base is JSON in any spelling (SPEC 7.5). All is checked before it is used; memory lives until the end. */
 #define _POSIX_C_SOURCE 200809L
 #include <ctype.h>
 #include <errno.h>
@@ -23,14 +23,16 @@ _Static_assert(FLT_EVAL_METHOD == 0 && FLT_MANT_DIG == 24, "SPEC 6 asks for bina
 #define MAGIC "{\"__metadata__\":{\"format\":\"pxd\",\"pxd\":\""
 #define LIMIT ((u64)1 << 53)
 #define EACH(i, count) for (u32 i = 0; i < (count); i++)
-enum { VALUES_MAX = 1 << 22, ENTRIES_MAX = 1 << 18 };
+enum { VALUES_MAX = 1 << 22, ENTRIES_MAX = 1 << 18, BASE_HEADER_MAX = 100000000, BASE_DIMENSIONS_MAX = 64 };
 typedef uint8_t u8; typedef uint32_t u32; typedef uint64_t u64;
 typedef struct { const u8 *p; size_t n; } text; /* bytes, those of a string among them */
 
+static const char BASE[] = "-4"; /* in the place of a code: the base is malformed (SPEC 7.5) */
 static void need(bool holds, const char *code) {
     static const char *const phases[] = {"container", "profile", "payload", "binding"};
     if (holds) return;
-    printf("{\"ok\":false,\"phase\":\"%s\",\"code\":\"%s\"}\n", phases[code[1] - '1'], code);
+    if (code == BASE) puts("{\"ok\":false,\"phase\":null,\"code\":null}");
+    else printf("{\"ok\":false,\"phase\":\"%s\",\"code\":\"%s\"}\n", phases[code[1] - '1'], code);
     exit(1);
 }
 static void io(bool works, const char *what, const char *path) {
@@ -81,6 +83,10 @@ static size_t utf8_length(const u8 *p, size_t n) { /* of the code point at p; 0 
     for (size_t i = 1; i < length; i++) if (i == n || (p[i] & 0xC0) != 0x80) return 0;
     bool too_long = (p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xF0 && p[1] < 0x90);
     return too_long || (p[0] == 0xED && p[1] > 0x9F) || (p[0] == 0xF4 && p[1] > 0x8F) ? 0 : length;
+}
+
+static void check_utf8(text s, const char *code) {
+    for (size_t i = 0, part; i < s.n; i += part) need((part = utf8_length(s.p + i, s.n - i)), code);
 }
 
 /* The order of UTF-16 is that of UTF-8, but that U+10000 and more (from 0xF0) stand before U+E000 (from 0xEE). */
@@ -175,7 +181,8 @@ static u8 sign_at(const module *m, const component *c, u64 row, u64 j) {
 }
 static u64 size_of(const shape *s, int dtype) { /* at most LIMIT; and LIMIT where it is no whole number */
     u64 bits = BITS[dtype];
-    EACH(i, s->count) bits = bits <= 8 * LIMIT / s->size[i] ? bits * s->size[i] : 8 * LIMIT;
+    EACH(i, s->count < 8 ? s->count : 8) /* an empty tensor of a base has a 0 */
+        bits = !s->size[i] || bits <= 8 * LIMIT / s->size[i] ? bits * s->size[i] : 8 * LIMIT;
     return bits % 8 ? LIMIT : bits / 8;
 }
 
@@ -189,13 +196,18 @@ typedef struct { const u8 *p; size_t n, i, values; const char *code; u8 *decoded
 static json open_json(text s, const char *code) { return (json){s.p, s.n, 0, 0, code, allocate(s.n, 1)}; }
 static u8 peek(const json *j) { return j->i < j->n ? j->p[j->i] : 0; }
 static u8 take_byte(json *j) { return j->i < j->n ? j->p[j->i++] : 0; }
+static bool foreign(const json *j) { return j->code == BASE; } /* which other programs write */
+static void blank(json *j) { while (foreign(j) && one_of(peek(j), " \t\r\n")) j->i++; }
 static void mark(json *j, u8 c) {
+    blank(j);
     need(peek(j) == c, j->code);
     j->i++;
+    blank(j);
     j->values += c == ',' || (one_of(c, "[{") && !one_of(peek(j), "]}")); /* SPEC 2.11: each element or member */
-    need(j->values <= VALUES_MAX, j->code[1] == '1' ? "E117" : "E202");
+    need(j->values <= VALUES_MAX, j->code[1] == '1' ? "E117" : foreign(j) ? BASE : "E202");
 }
 static bool more(json *j, u8 close, u32 index) { /* before each element; takes the comma, or the bracket at the end */
+    blank(j);
     bool element = peek(j) != close;
     if (!element || index) mark(j, element ? ',' : close);
     return element;
@@ -213,17 +225,46 @@ static u8 escape(json *j) { /* what stands behind a backslash */
     return value;
 }
 
+static u32 four_digits(json *j) {
+    u32 value = 0;
+    EACH(i, 4) {
+        u8 c = take_byte(j);
+        need(isxdigit(c), j->code);
+        value = value << 4 | (u32)(isdigit(c) ? c - '0' : tolower(c) - 'a' + 10);
+    }
+    return value;
+}
+
+static void any_escape(json *j) { /* of any spelling, but no unpaired surrogate (SPEC 7.5) */
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    u8 c = take_byte(j);
+    u32 point = one_of(c, from) ? (u8)to[strchr(from, c) - from] : (need(c == 'u', j->code), four_digits(j));
+    need(point >> 10 != 0x37, j->code);
+    if (point >> 10 == 0x36) {
+        need(take_byte(j) == '\\' && take_byte(j) == 'u', j->code);
+        u32 low = four_digits(j);
+        need(low >> 10 == 0x37, j->code);
+        point = 0x10000 + ((point & 0x3FF) << 10 | (low & 0x3FF));
+    }
+    u32 more = point < 0x80 ? 0 : point < 0x800 ? 1 : point < 0x10000 ? 2 : 3;
+    *j->decoded++ = (u8)("\x00\xC0\xE0\xF0"[more] | point >> 6 * more);
+    while (more--) *j->decoded++ = (u8)(0x80 | (point >> 6 * more & 0x3F));
+}
+
 static text string(json *j) {
     text made = {j->decoded, 0};
-    mark(j, '"');
-    for (u8 c; (c = take_byte(j)) != '"'; made.n++) {
+    need(take_byte(j) == '"', j->code);
+    for (u8 c; (c = take_byte(j)) != '"';) {
         need(c >= 0x20, j->code);
-        *j->decoded++ = c == '\\' ? escape(j) : c;
+        if (c == '\\' && foreign(j)) any_escape(j);
+        else *j->decoded++ = c == '\\' ? escape(j) : c;
     }
+    made.n = (size_t)(j->decoded - made.p);
     return made;
 }
 
 static int64_t integer(json *j, int64_t least) { /* SPEC 2.10; zeros or a quotation mark stand behind every text */
+    if (foreign(j) && peek(j) == '-' && j->p[j->i + 1] == '0') j->i++; /* -0 */
     const char *start = (const char *)j->p + j->i;
     char spelled[32];
     int64_t value = one_of(peek(j), "-0123456789") ? strtoll(start, NULL, 10) : INT64_MAX;
@@ -243,7 +284,7 @@ static text digest(json *j, const char *algorithm) {
 static int which(json *j, const char *const *words) { /* in a base a dtype may be unknown (SPEC 7) */
     int i = 0;
     for (text s = string(j); words[i] && !is(s, words[i]);) i++;
-    need(words[i] || (words == DTYPES && j->code[1] == '4'), words == DTYPES && j->code[1] == '1' ? "E119" : j->code);
+    need(words[i] || foreign(j), words == DTYPES && j->code[1] == '1' ? "E119" : j->code);
     return i;
 }
 
@@ -251,11 +292,11 @@ static shape dimensions(json *j) {
     shape made = {0};
     mark(j, '[');
     for (; more(j, ']', made.count); made.count++) {
-        u64 size = (u64)integer(j, 0);
-        bool fits = size && made.count < 8, foreign = j->code[1] == '4'; /* a base may hold others beside its own */
-        need(fits || foreign, j->code[1] == '1' ? "E120" : "E208");      /* SPEC 2.14, 3.8 */
+        u64 size = (u64)integer(j, 0), *last = &made.size[7];
+        bool fits = foreign(j) ? made.count < BASE_DIMENSIONS_MAX : size && made.count < 8;
+        need(fits, foreign(j) ? BASE : j->code[1] == '1' ? "E120" : "E208"); /* SPEC 2.14, 3.8, 7.5 */
         if (made.count < 8) made.size[made.count] = size;
-        if (!fits) made.count = 8; /* nine in the end, which is no module's */
+        else *last = size && *last > LIMIT / size ? LIMIT : *last * size; /* those beyond count for their bytes alone */
     }
     return made;
 }
@@ -317,10 +358,9 @@ static text read_file(const char *path) { /* with zeros behind it */
 
 static record read_record(json *j, text name) { /* SPEC 2.12 to 2.15 */
     record r = {.name = name};
-    need(name.n <= 1024 || j->code[1] == '4', "E118");
+    need(name.n <= 1024, "E118");
     need(!is(name, "__metadata__"), "E115");
     scan(j, "{'dtype':%t,'shape':%l,'data_offsets':[%n,%n]}", &r.dtype, &r.shape, &r.begin, &r.end);
-    if (r.shape.count > 8 || !DTYPES[r.dtype]) return r;
     need(size_of(&r.shape, r.dtype) < LIMIT, "E120");
     need(r.end >= r.begin && bytes_of(&r) == size_of(&r.shape, r.dtype), "E121");
     return r;
@@ -336,7 +376,7 @@ static void read_header(pxd *f) {
     need(8 + length <= f->file.n, "E111");                                        /* SPEC 2.4 */
     need(starts(header, MAGIC), "E112");                                          /* SPEC 2.5 */
     need(starts(header, MAGIC "1.0\""), "E201");                                  /* SPEC 2.6 */
-    for (size_t i = 0, part; i < header.n; i += part) need((part = utf8_length(header.p + i, header.n - i)), "E113");
+    check_utf8(header, "E113");                                                   /* SPEC 2.7 */
     json taken = open_json(header, "E122"), *j = &taken;
     scan(j, "{'__metadata__':{'format':'pxd','pxd':'1.0','manifest':%s}", &f->manifest);
     f->records = grown(NULL, 0, sizeof *f->records);
@@ -869,24 +909,81 @@ static void write_module(FILE *to, const module *m) {
     if (m->exact.p) fwrite(m->exact.p, 1, m->exact.n, to); /* SPEC 6.4 */
 }
 
-static record *read_base(const char *path, u32 *count) { /* sorted */
-    text file = read_file(path), key;
-    u64 length = little(file.p, 8);
-    errno = EINVAL;
-    io(file.n >= 8 && length <= file.n - 8, "read safetensors", path);
-    json taken = open_json((text){file.p + 8, length}, "E402"), *j = &taken;
-    record *made = allocate(length / 50, sizeof *made); /* no record is shorter */
+/* ---- A base (SPEC 7.5) ---- */
+typedef struct { record *items; u32 count; } records;
+static void skip(json *j, u32 depth);
+static void members(json *j, u32 depth, void (*each)(json *, text, void *), void *to) {
+    text *keys = NULL;
+    u32 count = 0;
+    need(depth <= 8, BASE); /* SPEC 2.11 */
     mark(j, '{');
-    for (u32 i = 0; more(j, '}', i); i++) {
-        scan(j, "%s:", &key);
-        if (is(key, "__metadata__")) read_list(j, "", '{', "%s:%s");
-        else made[(*count)++] = read_record(j, key);
+    for (; more(j, '}', count); count++) {
+        keys = grown(keys, count, sizeof *keys);
+        keys[count] = string(j);
+        mark(j, ':');
+        if (each) each(j, keys[count], to);
+        else skip(j, depth + 1);
     }
-    EACH(i, *count) {
-        io(made[i].end <= file.n - 8 - length, "read safetensors", path);
-        made[i].data = file.p + 8 + length + made[i].begin;
+    check_distinct(keys, count, BASE); /* SPEC 2.9 */
+}
+
+static void skip(json *j, u32 depth) { /* any value, which is at this level */
+    static const char *const words[] = {"null", "true", "false"};
+    u8 c = peek(j);
+    if (c == '{') members(j, depth, NULL, NULL);
+    else if (c == '"') string(j);
+    else if (c == '[') {
+        need(depth <= 8, BASE);
+        mark(j, '[');
+        for (u32 i = 0; more(j, ']', i); i++) skip(j, depth + 1);
+    } else if (c == '-' || isdigit(c)) integer(j, -(int64_t)LIMIT);
+    else {
+        u32 i = 0;
+        while (i < 3 && !starts((text){j->p + j->i, j->n - j->i}, words[i])) i++;
+        need(i < 3, BASE);
+        j->i += strlen(words[i]);
     }
-    qsort(made, *count, sizeof *made, by_text); /* a record begins with its name */
+}
+
+static void take_field(json *j, text key, void *to) {
+    record *r = to;
+    if (is(key, "dtype")) r->dtype = which(j, DTYPES);
+    else if (is(key, "shape")) r->shape = dimensions(j);
+    else if (is(key, "data_offsets")) scan(j, "[%n,%n]", &r->begin, &r->end);
+    else skip(j, 3);
+}
+
+static void take_record(json *j, text key, void *to) {
+    records *all = to;
+    record r = {.name = key, .dtype = -1, .shape.count = UINT32_MAX, .end = LIMIT}; /* which none says */
+    if (is(key, "__metadata__")) { skip(j, 2); return; }
+    members(j, 2, take_field, &r);
+    need(r.dtype >= 0 && r.shape.count != UINT32_MAX && r.begin <= r.end, BASE);
+    need(!DTYPES[r.dtype] || bytes_of(&r) == size_of(&r.shape, r.dtype), BASE);
+    all->items = grown(all->items, all->count, sizeof r);
+    all->items[all->count++] = r;
+}
+
+static int by_place(const void *a, const void *b) {
+    const record *x = a, *y = b;
+    return x->begin != y->begin ? (x->begin > y->begin) - (x->begin < y->begin) : (x->end > y->end) - (x->end < y->end);
+}
+
+static records read_base(const char *path) { /* sorted by name */
+    text file = read_file(path);
+    u64 length = little(file.p, 8), end = 0;
+    need(file.n >= 8 && length <= file.n - 8 && length <= BASE_HEADER_MAX, BASE);
+    text header = {file.p + 8, (size_t)length};
+    check_utf8(header, BASE);
+    json taken = open_json(header, BASE), *j = &taken;
+    records made = {.items = grown(NULL, 0, sizeof(record))};
+    members(j, 1, take_record, &made);
+    need(j->i == j->n, BASE);
+    qsort(made.items, made.count, sizeof(record), by_place);
+    for (record *r = made.items; r < made.items + made.count; end = r++->end) need(r->begin == end, BASE);
+    need(end == file.n - 8 - length, BASE);
+    EACH(i, made.count) made.items[i].data = header.p + header.n + made.items[i].begin;
+    qsort(made.items, made.count, sizeof(record), by_text); /* a record begins with its name */
     return made;
 }
 
@@ -900,11 +997,11 @@ static void make_exact(module *m) { /* SPEC 6.6, 7.4 */
 }
 
 static void bind(pxd *f, const char *path) { /* SPEC 7 */
-    u32 count = 0, wanted = 0, have = 0;
-    record *base = read_base(path, &count);
+    u32 wanted = 0, have = 0;
+    records base = read_base(path);
     EACH(i, f->module_count) {
         module *m = &f->modules[i];
-        m->base = m->has_base ? bsearch(&m->name, base, count, sizeof *base, by_text) : NULL;
+        m->base = m->has_base ? bsearch(&m->name, base.items, base.count, sizeof(record), by_text) : NULL;
         wanted += m->has_base, have += m->base != NULL;
     }
     need(have == wanted, have ? "E402" : "E401");

@@ -29,7 +29,7 @@ export class Rejection extends Error {
   constructor(code) {
     super(code);
     this.code = code;
-    this.phase = PHASES[code[1]];
+    this.phase = code && PHASES[code[1]];
   }
 }
 
@@ -45,19 +45,24 @@ async function sha256(bytes) {
 // ---- Strict JSON (SPEC 2.7 to 2.11). Objects are Maps, so that no key is special and order is kept. ----
 
 class Json {
-  /** source: a string. canonical: whether it is RFC 8785 (key order apart: `sorted`). */
-  constructor(source, codes) {
+  /**
+   * source: a string. canonical: whether it is RFC 8785 (key order apart: `sorted`). wellFormed: no surrogate is unpaired.
+   * loose: white space may follow, as in a base (SPEC 7.5).
+   */
+  constructor(source, codes, { loose = false } = {}) {
     this.source = source;
     this.at = 0;
     this.codes = codes; // syntax, duplicate key, number, depth
     this.canonical = true;
     this.sorted = true;
+    this.wellFormed = true;
     this.values = 0;
     this.members = new Map(); // of the outermost object: key -> its value as it is written
     this.space();
     need(this.peek() === "{", codes[0]);
     this.value = this.any(0);
     this.end = this.at;
+    if (loose) this.space();
     while (this.peek() === " ") this.at++;
     need(this.at === source.length, codes[0]); // SPEC 2.8
   }
@@ -156,7 +161,7 @@ class Json {
     }
     this.take('"');
     const made = parts.length === 1 ? parts[0] : parts.join("");
-    if (!made.isWellFormed()) this.canonical = false; // a lone surrogate, which only an escape can give
+    if (!made.isWellFormed()) this.canonical = this.wellFormed = false; // only an escape can give a lone surrogate
     return made;
   }
 
@@ -695,18 +700,40 @@ export async function apply(delta, base) {
   return made;
 }
 
-/** A plain safetensors file as a Map name -> {dtype, shape, data}. */
+/** A record of a base, whether the manifest names it or not. */
+function baseRecord(record) {
+  const fits = (value) => array(value) && value.every((item) => integer(item) && item >= 0);
+  need(record instanceof Map, null);
+  const [dtype, shape, offsets] = ["dtype", "shape", "data_offsets"].map((key) => record.get(key));
+  need(string(dtype) && fits(shape) && shape.length <= 64 && fits(offsets) && offsets.length === 2, null);
+  const [begin, end] = offsets;
+  need(begin <= end && (!BITS.has(dtype) || BigInt(end - begin) === bytesOf(dtype, shape)), null);
+  return { dtype, shape, begin, end };
+}
+
+/** A plain safetensors file as a Map name -> {dtype, shape, data}; one that SPEC 7.5 refuses has no phase and no code. */
 export function readSafetensors(bytes) {
-  const length = Number(new DataView(bytes.buffer, bytes.byteOffset, 8).getBigUint64(0, true));
-  const header = new Json(text.decode(bytes.subarray(8, 8 + length)), ["E402", "E402", "E402", "E402"]).value;
-  const made = new Map();
-  for (const [name, record] of header) {
-    if (name === "__metadata__") continue;
-    // What stands beside the tensors that are asked for may be anything; those are held to dtype, shape and digest.
-    const [dtype, shape, [begin, end]] = ["dtype", "shape", "data_offsets"].map((key) => record.get(key));
-    made.set(name, { dtype, shape, data: bytes.subarray(8 + length + begin, 8 + length + end) });
+  need(bytes.length >= 8, null);
+  const length = new DataView(bytes.buffer, bytes.byteOffset, 8).getBigUint64(0, true);
+  need(length <= 100000000n && length + 8n <= bytes.length, null);
+  const data = bytes.subarray(8 + Number(length));
+  let source;
+  try {
+    source = text.decode(bytes.subarray(8, 8 + Number(length)));
+  } catch {
+    throw new Rejection(null);
   }
-  return made;
+  const json = new Json(source, [null, null, null, null], { loose: true });
+  need(json.wellFormed, null);
+  json.value.delete("__metadata__");
+  const records = [...json.value].map(([name, record]) => ({ name, ...baseRecord(record) }));
+  let at = 0;
+  for (const { begin, end } of records.toSorted((a, b) => a.begin - b.begin || a.end - b.end)) {
+    need(begin === at, null);
+    at = end;
+  }
+  need(at === data.length, null);
+  return new Map(records.map(({ name, dtype, shape, begin, end }) => [name, { dtype, shape, data: data.subarray(begin, end) }]));
 }
 
 /** The parts of a safetensors file of these tensors. */

@@ -227,7 +227,7 @@ def answer(arguments: list[str]) -> Answer:
 def refusable(operation: Any) -> Answer:
     try:
         return ACCEPTED, operation()
-    except pxd.ShapeError as error:
+    except (pxd.ShapeError, pxd.CheckpointError) as error:  # content that no file can hold; a malformed base (SPEC 7.5)
         return REJECTED, {"ok": False, "phase": None, "code": None, "detail": str(error)}
     except pxd.PxdError as error:
         return REJECTED, {"ok": False, "phase": phase(error), "code": error.code, "detail": str(error)}

@@ -11,13 +11,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from arithmetic import Part, decoded, encoded, rebuilt, unpacked
+from base import Tensors, read_base
 from common import BITS, Rejected, need, phase_of
 from reader import Reader
 from switches import SWITCHES
 
 __all__ = ["main"]
-
-Tensors = dict[str, tuple[str, list[int], bytes]]
 
 
 def sha256(data: bytes) -> str:
@@ -88,16 +87,6 @@ def decode(reader: Reader) -> dict[str, Any]:
         "metadata": manifest["metadata"],
         "previous": manifest.get("previous"),
         "result": manifest.get("result"),
-    }
-
-
-def read_base(path: str) -> Tensors:
-    data = Path(path).read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    spans = {name: (r["dtype"], r["shape"], r["data_offsets"]) for name, r in header.items() if name != "__metadata__"}
-    return {
-        name: (dtype, shape, data[start + span[0] : start + span[1]]) for name, (dtype, shape, span) in spans.items()
     }
 
 
@@ -247,7 +236,7 @@ def answer(switch: str, arguments: list[str]) -> tuple[int, dict[str, Any]]:
         if (
             switch == "binding-before-payload"
             and "--base" in options
-            and not set(bases(rest[0])) <= set(read_base(options["--base"]))
+            and not set(bases(rest[0])) <= set(read_base(options["--base"], switch))
         ):
             raise Rejected("E402")
         reader = Reader(rest[0], switch)
@@ -257,13 +246,13 @@ def answer(switch: str, arguments: list[str]) -> tuple[int, dict[str, Any]]:
                 dump(reader, options["--dump"])
             return 0, result
         if operation == "apply":
-            write(options["--out"], apply(reader, read_base(options["--base"])))
+            write(options["--out"], apply(reader, read_base(options["--base"], switch)))
             return 0, {"ok": True}
     except Rejected as error:
         code = str(error)
         if switch == "accepts-everything":
             return 0, {"ok": True}
-        return 1, {"ok": False, "phase": "container" if switch == "one-phase" else phase_of(code), "code": code}
+        return 1, {"ok": False, "phase": "container" if switch == "one-phase" else phase_of(code), "code": code or None}
     return 77, {"ok": False}
 
 

@@ -41,12 +41,12 @@ SPECIAL = re.compile(r'[\x00-\x1f"\\]')
 
 
 class Rejected(Exception):  # noqa: N818  the word of the protocol
-    """The file is refused; the argument is a code of SPEC 8."""
+    """The file is refused; the argument is a code of SPEC 8, or empty for a malformed base."""
 
 
-def phase_of(code: str) -> str:
-    """SPEC 8."""
-    return {"1": "container", "2": "profile", "3": "payload", "4": "binding"}[code[1]]
+def phase_of(code: str) -> str | None:
+    """SPEC 8; None for a malformed base, which has no code."""
+    return {"1": "container", "2": "profile", "3": "payload", "4": "binding"}[code[1]] if code else None
 
 
 def need(holds: object, code: str) -> None:

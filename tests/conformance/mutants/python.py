@@ -29,9 +29,10 @@ MODULES = (
     "rules",
     "reader",
     "arithmetic",
+    "base",
     "adapter",
 )
-MUTATED = ("strict", "container", "manifest", "updates", "rules", "reader", "arithmetic", "adapter")
+MUTATED = ("strict", "container", "manifest", "updates", "rules", "reader", "arithmetic", "base", "adapter")
 COMPARED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE,),
     ast.LtE: (ast.Lt,),
