@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
+from peraxis_tools.calibration_text import calibration_text
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.inspection import InspectResult
 from peraxis_tools.names import HUB_ID
@@ -233,7 +234,7 @@ def _facts(delta: CardDelta) -> Iterator[str]:
     if calibration is not None:
         yield (
             f"- scales fitted on {counted(calibration.samples, 'sample')} of {calibration.sequence_length} tokens: "
-            f"{_md(calibration.source)}"
+            f"{_md(calibration_text(found.manifest))}"
         )
     yield f"- written by {_md(found.manifest.producer.name)} {_md(found.manifest.producer.version)}"
     yield ""

@@ -8,13 +8,13 @@ The column of a row is chosen in this order:
     a prompt and its answer (prompt, response; instruction, input, output; question, answer): also a conversation
     all columns of strings, in order, except those that only label a row (id, source, ...)
 
-A row without any of these is skipped. A source without a document is an error, which lists the columns and their types.
+A row without any of these is skipped, and a note says how many are. A source without a document is an error, which
+lists the columns and their types.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ from typing import Any, Final, TypeAlias
 from peraxis_format.arguments import did_you_mean
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.names import names_a_file
+from peraxis_tools.notes import note
 from peraxis_tools.quiet import quiet_datasets
+from peraxis_tools.shown import counted
+from peraxis_tools.text_faults import LineError, fault_of, json_rows, open_text, text_suffix
 
 __all__ = ["Conversation", "Document", "check_text", "read_documents"]
 
@@ -67,12 +70,8 @@ def check_text(source: str) -> None:
     if not path.exists():
         if names_a_file(source.partition(":")[0]):
             raise OptionError(f"text {source}: no such file, and not a datasets id (org/name or org/name:config)")
-    elif _suffix(path) not in _LOADERS:
+    elif text_suffix(path) not in _LOADERS:
         raise OptionError(f"text {source}: not one of {', '.join(_LOADERS)} (or .gz of them)")
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[Document]:
@@ -81,25 +80,38 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
     Raises OptionError if the source cannot be read, or has no document.
     """
     try:
-        found, columns = [], {}
+        found: list[Document] = []
+        columns: dict[str, dict[str, None]] = {}
+        without = 0
         for row in _rows(source):
-            columns.update({name: _kind(value) for name, value in row.items() if value is not None})
-            if (document := _document(row, text_column=text_column, source=source)) is not None:
-                found.append(document)
-                if len(found) == limit:
-                    break
+            for name, value in row.items():
+                if value is not None:
+                    columns.setdefault(name, {})[_kind(value)] = None
+            document = _document(row, text_column=text_column, source=source)
+            if document is None:
+                without += 1
+                continue
+            found.append(document)
+            if len(found) == limit:
+                break
     except OptionError:
         raise
+    except LineError as error:
+        raise OptionError(f"text {source}: {error}") from None
     except Exception as error:
         # `datasets` raises many types, its own and those of file systems; all mean that the source cannot be read.
-        raise OptionError(f"text {source}: cannot be read: {_reason(error)}") from error
+        fault = fault_of(Path(source)) if Path(source).exists() else None
+        raise OptionError(f"text {source}: {fault or f'cannot be read: {_reason(error)}'}") from error
     if not found:
         if not columns:
             raise OptionError(f"text {source}: is empty; name another text")
-        held = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        held = ", ".join(f"{name} ({' or '.join(kinds)})" for name, kinds in columns.items())
         raise OptionError(
             f"text {source}: holds no text; its columns: {held}; name one with text_column (--text-column)"
         )
+    if without and text_suffix(Path(source)) != ".txt":  # which has no rows, but paragraphs
+        rows = f"{'the first ' if len(found) == limit else ''}{counted(len(found) + without, 'row')}"
+        note(f"text {source}: no text in {without} of {rows}, left out")
     return found
 
 
@@ -109,13 +121,15 @@ def _reason(error: Exception) -> str:
     if (unreached := re.fullmatch(r"(Couldn't reach .*) \((\w+)\)", line)) is not None:
         why = "HF_HUB_OFFLINE is set" if unreached[2] == "OfflineModeIsEnabled" else "it does not answer"
         return f"{unreached[1]}: {why}, and the cache has no copy"
+    if (table := re.fullmatch(r"Error tokenizing data\. C error: (.*)", line)) is not None:
+        return table[1]
     return f"{type(error).__name__}: {line}"
 
 
 def _rows(source: str) -> Iterable[dict[str, Any]]:
     check_text(source)
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
+    if text_suffix(path) == ".jsonl" and path.is_file():
         return _json_lines(path)
     return _of_datasets(source, path)
 
@@ -127,7 +141,7 @@ def _of_datasets(source: str, path: Path) -> Iterator[dict[str, Any]]:
         if source == "c4":
             rows = load_dataset("allenai/c4", "en", split="train", streaming=True)
         elif path.exists():
-            kind = _LOADERS[_suffix(path)]
+            kind = _LOADERS[text_suffix(path)]
             extra = {"sample_by": "paragraph"} if kind == "text" else {}
             rows = load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **extra)
         else:
@@ -139,15 +153,13 @@ def _of_datasets(source: str, path: Path) -> Iterator[dict[str, Any]]:
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a local file, each with every column so far. It is read here, because `datasets` takes 90 MB."""
     columns: dict[str, None] = {}
-    with open(path, encoding="utf-8") as file:
-        lines = (line for line in file if not line.isspace())
-        while chunk := [json.loads(line) for line in itertools.islice(lines, _CHUNK)]:
+    with open_text(path) as file:
+        rows = json_rows(file)
+        while chunk := list(itertools.islice(rows, _CHUNK)):
             for row in chunk:
-                if not isinstance(row, dict):
-                    raise ValueError(f"a line is a {type(row).__name__}, not an object")
                 columns.update(dict.fromkeys(row))
                 if len(columns) > _COLUMNS:  # every row gets every column
-                    raise ValueError(f"its rows have more than {_COLUMNS} columns")
+                    raise LineError(f"its rows have more than {_COLUMNS} columns")
             yield from ({column: row.get(column) for column in columns} for row in chunk)
 
 

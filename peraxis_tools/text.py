@@ -11,6 +11,7 @@ cost more than all other tokens together. `unread_tokens` lists such tokens.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,21 @@ from peraxis_tools.names import names_a_file
 from peraxis_tools.notes import note
 from peraxis_tools.shown import counted
 
-__all__ = ["Ids", "Samples", "Source", "check_texts", "load_samples", "unread_tokens", "without_folders"]
+__all__ = [
+    "Ids",
+    "Samples",
+    "Source",
+    "check_calibration",
+    "check_texts",
+    "load_samples",
+    "unread_tokens",
+    "without_folders",
+]
 
 _POOL: Final = 20  # documents to read for each sample, and at least 1000; the seed shuffles them
 _ENDS_WITHIN: Final = 3  # last tokens that may include the end-of-text token: templates add a line break after it
+_DECIMAL: Final = re.compile(r"\d+\.?\d*|\.\d+", re.ASCII)
+_WEIGHT_MOST: Final = 1e6
 
 Ids = NDArray[np.int64]
 
@@ -45,14 +57,21 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Parse `NAME` or `NAME:WEIGHT`, like `c4:0.5`. Raises OptionError for a weight that is not above 0."""
-        match = re.fullmatch(r"(.+):(\d+\.?\d*|\.\d+)", text)
-        if match is None or Path(text).exists():
+        """Parse `NAME` or `NAME:WEIGHT`, like `c4:0.5`. Raises OptionError for a weight that is out of its bounds.
+
+        A number is the weight of any name if it is a decimal, else only of a file and of c4: `org/name:1e3` is the
+        configuration 1e3 of a data set. The whole is a name if it is that of a file.
+        """
+        name, _, number = text.rpartition(":")
+        weight = _number(number)
+        if not name or weight is None or os.path.exists(text):
             return cls(name=text)
-        weight = float(match[2])
-        if weight <= 0.0:
-            raise OptionError(f"text {text}: a weight must be above 0")
-        return cls(name=match[1], weight=weight)
+        is_weight = _DECIMAL.fullmatch(number) or name == "c4" or os.path.exists(name) or names_a_file(name)
+        if not is_weight:
+            return cls(name=text)
+        if not 0.0 < weight <= _WEIGHT_MOST:
+            raise OptionError(f"text {text}: a weight must be above 0, up to {_WEIGHT_MOST:.0f}, like {name}:0.5")
+        return cls(name=name, weight=weight)
 
     @property
     def label(self) -> str:
@@ -100,6 +119,21 @@ def check_texts(texts: Iterable[str | Path]) -> list[str]:
     return names
 
 
+def check_calibration(calibration: str | tuple[str, ...] | None) -> list[str]:
+    """The names of calibration texts, as `check_texts`. Raises OptionError also for a text that is given twice: texts
+    validate each other, and a text tells nothing about itself.
+    """
+    names = check_texts((calibration,) if isinstance(calibration, str) else calibration or ())
+    met: dict[str, str] = {}
+    for name in names:
+        there = os.path.realpath(name) if os.path.exists(name) else name
+        if there in met:
+            same = "is given twice" if met[there] == name else f"is the same file as {met[there]}"
+            raise OptionError(f"text {name}: {same}; name it once, with a weight for more of it ({name}:2)")
+        met[there] = name
+    return names
+
+
 def load_samples(
     sources: str | Sequence[str],
     tokenizer: Any,
@@ -108,16 +142,19 @@ def load_samples(
     length: int,
     seed: int,
     text_column: str | None = None,
+    asked: bool = False,
 ) -> Samples:
     """Load up to `samples` samples of `length` tokens, distributed over the sources by weight.
 
-    There are fewer if a text is too short. Raises OptionError if a text has no sample.
+    There are fewer if a text is too short; a note says so, if the number was asked for. Raises OptionError if a text
+    has no sample.
     """
     parsed = [Source.parse(name) for name in ([sources] if isinstance(sources, str) else sources)]
     found = []
     with chat_template_of(tokenizer) as render:
         for source, count in zip(parsed, _shares([source.weight for source in parsed], samples), strict=True):
-            documents = read_documents(source.name, text_column=text_column, limit=max(1000, _POOL * count))
+            limit = max(1000, _POOL * count)
+            documents = read_documents(source.name, text_column=text_column, limit=limit)
             order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
             ids: list[int] = []
             for document in (documents[i] for i in order):
@@ -127,6 +164,9 @@ def load_samples(
             if len(ids) < 2:
                 raise OptionError(f"text {source.name}: holds no text")
             found.append(ids[: count * length])
+            if asked and length <= len(ids) < count * length:
+                first = f"its first {limit} documents hold" if len(documents) == limit else "holds"
+                note(f"text {source.name}: {first} {len(ids) // length} of the {counted(count, 'sample')} asked for")
     for source, read in zip(parsed, found, strict=True):
         if len(read) < length:
             note(
@@ -141,6 +181,13 @@ def load_samples(
         seed=seed,
         counts=tuple(map(len, arrays)),
     )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _shares(weights: Sequence[float], count: int) -> list[int]:

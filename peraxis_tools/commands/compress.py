@@ -28,7 +28,7 @@ from peraxis_tools.heap import tune_process
 from peraxis_tools.outputs import check_delta
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 from peraxis_tools.report.console import emit
-from peraxis_tools.text import check_texts
+from peraxis_tools.text import check_calibration
 
 __all__ = ["command"]
 
@@ -185,8 +185,7 @@ def command(
     options = CompressOptions.from_mapping(values)
     tune_process()
     if dry_run:
-        named = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
-        texts = check_texts(named)
+        texts = check_calibration(options.calibration)
         if output is not None:
             check_delta(output, overwrite=overwrite, inputs=(base, fine_tuned, *texts))
         found = estimate_run(

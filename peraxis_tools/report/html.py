@@ -15,6 +15,7 @@ from typing import Final
 from urllib.parse import quote
 
 import peraxis_format as pxd
+from peraxis_tools.calibration_text import calibration_text
 from peraxis_tools.inspect_details import Details
 from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
@@ -152,7 +153,7 @@ def _manifest(result: InspectResult) -> str:
     }
     if manifest.calibration is not None:
         c = manifest.calibration
-        rows["calibration"] = f"{c.source}, {c.samples} x {c.sequence_length} tokens, seed {c.seed}"
+        rows["calibration"] = f"{calibration_text(manifest)}, {c.samples} x {c.sequence_length} tokens, seed {c.seed}"
     if manifest.tied:
         rows["tied"] = ", ".join(f"{alias} = {name}" for name, alias in manifest.tied)
     if manifest.dropped:

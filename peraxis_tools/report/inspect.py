@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from peraxis_tools.calibration_text import calibration_text
 from peraxis_tools.delta_parts import is_part, part_of
 from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
@@ -62,8 +63,8 @@ def _summary(result: InspectResult, console: Console) -> None:
         console.print("calibration  none")
     else:
         console.print(
-            f"calibration  {text(calibration.source)}, {calibration.samples} x {calibration.sequence_length} tokens, "
-            f"seed {calibration.seed}"
+            f"calibration  {text(calibration_text(manifest))}, {calibration.samples} x "
+            f"{calibration.sequence_length} tokens, seed {calibration.seed}"
         )
     console.print(f"written by   {text(manifest.producer.name)} {text(manifest.producer.version)}")
     for label, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):

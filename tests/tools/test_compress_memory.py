@@ -7,12 +7,16 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from peraxis_tools.checkpoint import open_checkpoint
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.plan.estimate import StageWork
+from peraxis_tools.compress.plan.pair_plan import plan_pair
+from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.compress.run.memory import MachineMemory, check_memory, held_bytes, machine_memory
 from peraxis_tools.errors import ToolError
-from tests.tools.compress_pairs import llama_pair
+from tests.tools.compress_pairs import llama_config, llama_pair, write_pair, write_text
 
 GB = 10**9
 OPTIONS = CompressOptions(calibration="c4", distill_samples=4, distill_sign_lr=0.05)
@@ -62,6 +66,36 @@ def test_a_run_is_refused_before_its_work(tmp_path: Path, monkeypatch: pytest.Mo
         )  # fmt: skip
     assert stages <= {"check", "open"}
     assert not (tmp_path / "d.pxd").exists()
+
+
+def test_a_run_counts_the_samples_that_its_text_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, tuned = write_pair(tmp_path, llama_config())
+    text = write_text(tmp_path / "two.jsonl", documents=1, words=9)
+    asked = {"sequence_length": 16, "generated_samples": 0}
+    options = [CompressOptions(calibration=str(text), calibration_samples=n, **asked) for n in (2, 1 << 24)]
+    few, many = (estimate_run(base, tuned, options=each) for each in options)
+    assert [stage.memory for stage in few.stages] == [stage.memory for stage in many.stages]
+    caplog.clear()
+    done = compress(base, tuned, tmp_path / "d.pxd", options=options[1], force=True)
+    assert done.calibration_samples == 2
+    said = [record.getMessage() for record in caplog.records if "asked for" in record.getMessage()]
+    assert said == [f"text {text}: holds 2 of the 16777216 samples asked for"]
+
+
+def test_the_samples_that_a_text_holds_are_shared_as_those_that_were_asked_for(tmp_path: Path) -> None:
+    base, tuned, text = llama_pair(tmp_path)
+    options = CompressOptions(
+        calibration=str(text), calibration_samples=3000, distill_samples=1000, sequence_length=128, generated_samples=0
+    )
+    inputs = importlib.import_module("peraxis_tools.compress.run.inputs")
+    with open_checkpoint(base) as first, open_checkpoint(tuned) as second:
+        planned = plan_pair(first, second, options)
+        given = inputs.text_inputs(second, options)
+    held = inputs.text_of(planned, options, given.device, torch.float32, given.samples)
+    asked = inputs.text_of(planned, options, given.device, torch.float32, None)
+    assert (asked.samples, asked.distilled, asked.length) == (3000, 1000, 128)
+    count = len(given.samples.ids)
+    assert (held.samples, held.distilled, held.length) == (round(0.75 * count), count - round(0.75 * count), 128)
 
 
 def test_nothing_is_said_where_the_system_says_nothing(tmp_path: Path) -> None:

@@ -77,6 +77,20 @@ def test_every_verb_with_a_text_checks_its_name_before_any_work(line: str, input
     assert str(found.exception).startswith("text nope.jsonl: no such file")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compress base tuned -o new.pxd --calibration a.jsonl --calibration a.jsonl:2",
+        "compress base tuned -o new.pxd --calibration a.jsonl --calibration ./a.jsonl --dry-run",
+    ],
+)
+def test_a_text_that_is_given_twice_is_refused_before_any_work(line: str, inputs: Path) -> None:
+    Path("a.jsonl").write_text("{}")
+    found = CliRunner().invoke(cli, line.split())
+    assert isinstance(found.exception, OptionError)
+    assert "name it once" in str(found.exception)
+
+
 def test_a_mistyped_checkpoint_or_delta_is_no_name_on_the_hub() -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         open_checkpoint("base/model.safetensors")

@@ -13,7 +13,7 @@ import pytest
 from peraxis_tools.compress.calibration.generate import starts_of
 from peraxis_tools.documents import Conversation, read_documents
 from peraxis_tools.errors import OptionError
-from peraxis_tools.text import Source, load_samples, unread_tokens
+from peraxis_tools.text import Source, check_calibration, load_samples, unread_tokens
 from tests.tools.compress_pairs import write_text, write_tokenizer
 
 TEMPLATE = (
@@ -65,6 +65,31 @@ def test_rows_without_text_are_refused_with_what_they_hold(tmp_path: Path) -> No
         read_documents(source, text_column="score", limit=9)
 
 
+def test_a_column_of_several_types_is_refused_with_all_of_them(tmp_path: Path) -> None:
+    source = rows_file(tmp_path / "rows.jsonl", {"text": 3}, {"text": []}, {"text": {}}, {"text": 0.5}, {"text": None})
+    with pytest.raises(OptionError, match=r"its columns: text \(number or list or mapping\);"):
+        read_documents(source, text_column=None, limit=9)
+
+
+@pytest.mark.parametrize(("limit", "said"), [(9, "no text in 3 of 5 rows, left out"), (2, "2 of the first 4 rows")])
+def test_rows_without_text_are_counted_in_a_note(
+    limit: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows: list[dict[str, Any]] = [{"text": "sun"}, {"foo": 3}, {"text": " "}, {"messages": TURNS}, {"text": None}]
+    source = rows_file(tmp_path / "rows.jsonl", *rows)
+    assert len(read_documents(source, text_column=None, limit=limit)) == 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"text {source}: no text in ")
+    assert said in record.getMessage()
+
+
+def test_nothing_is_said_of_a_text_whose_rows_all_have_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_documents(rows_file(tmp_path / "rows.jsonl", {"text": "sun"}), text_column=None, limit=9)
+    (tmp_path / "a.txt").write_text("sun\n\n \n\n\n\nmoon\n\n")
+    assert read_documents(str(tmp_path / "a.txt"), text_column=None, limit=9) == ["sun", "moon"]
+    assert not caplog.records
+
+
 def test_a_text_that_holds_nothing_is_called_empty(tmp_path: Path) -> None:
     for rows in ((), ({},)):
         with pytest.raises(OptionError, match="is empty; name another text"):
@@ -72,7 +97,7 @@ def test_a_text_that_holds_nothing_is_called_empty(tmp_path: Path) -> None:
 
 
 def test_a_damaged_table_is_one_line_of_ours_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "table.parquet").write_bytes(b"PAR1" + bytes(100))
+    (tmp_path / "table.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     with pytest.raises(OptionError, match="cannot be read") as found:
         read_documents(str(tmp_path / "table.parquet"), text_column=None, limit=9)
     assert "\n" not in str(found.value)
@@ -89,6 +114,45 @@ def test_a_text_shorter_than_one_sample_is_noted(
     load_samples([long, short], tokenizer, samples=2, length=16, seed=0)
     assert "short.jsonl: has 4 tokens, less than one sample of 16" in caplog.text
     assert "long.jsonl" not in caplog.text
+
+
+def test_fewer_samples_than_were_asked_for_are_noted(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = rows_file(tmp_path / "few.jsonl", *[{"text": "sun moon red blue"}] * 2)  # 18 tokens each
+    many = rows_file(tmp_path / "many.jsonl", *[{"text": "sun moon red blue"}] * 99)
+    load_samples([few, many], tokenizer, samples=6, length=16, seed=0)
+    load_samples(many, tokenizer, samples=6, length=16, seed=0, asked=True)
+    assert not caplog.records
+    load_samples([few, many], tokenizer, samples=6, length=16, seed=0, asked=True)
+    (record,) = caplog.records
+    assert record.getMessage() == f"text {few}: holds 2 of the 3 samples asked for"
+
+
+def test_only_the_documents_that_are_read_are_said_to_hold_too_little(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = rows_file(tmp_path / "short.jsonl", *[{"text": "a"}] * 1001)
+    load_samples(source, tokenizer, samples=40, length=64, seed=0, asked=True)
+    assert f"text {source}: its first 1000 documents hold 31 of the 40 samples asked for" in caplog.text
+
+
+def test_a_text_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).write_text('{"text": "sun"}')
+    Path("link.jsonl").symlink_to("a.jsonl")
+    assert check_calibration(("a.jsonl:2", "b.jsonl", "c4", "org/data:a", "org/data:b")) == [
+        "a.jsonl", "b.jsonl", "c4", "org/data:a", "org/data:b"
+    ]  # fmt: skip
+    assert check_calibration("a.jsonl") == ["a.jsonl"]
+    assert check_calibration(None) == []
+    for twice in (("a.jsonl", "a.jsonl"), ("c4", "b.jsonl", "c4:0.5"), ("org/data", "org/data:2")):
+        with pytest.raises(OptionError, match=r"is given twice; name it once, with a weight for more of it \(\S+:2\)"):
+            check_calibration(twice)
+    for same in ("./a.jsonl", "link.jsonl", str(tmp_path / "a.jsonl:3")):
+        with pytest.raises(OptionError, match=r"is the same file as a\.jsonl; name it once"):
+            check_calibration(("b.jsonl", "a.jsonl", same))
 
 
 def test_each_document_ends_with_one_end_of_text_token(tmp_path: Path, tokenizer: Any) -> None:
@@ -121,6 +185,32 @@ def test_several_texts_share_the_samples_by_weight(tmp_path: Path, tokenizer: An
     assert Source.parse("c4:0.5") == Source(name="c4", weight=0.5)
     with pytest.raises(OptionError, match="above 0"):
         Source.parse("c4:0")
+
+
+@pytest.mark.parametrize(
+    "weight", ["0", "0.0", "-1", "-0.5", "nan", "inf", "-inf", "1e300", "1e400", "1e-400", "9" * 400, "1000001"]
+)
+@pytest.mark.parametrize("name", ["c4", "cal.jsonl", "there", "a:b.jsonl", "missing.jsonl"])
+def test_a_weight_out_of_its_bounds_is_refused_with_them(
+    name: str, weight: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there in ("cal.jsonl", "there", "a:b.jsonl"):
+        Path(there).write_text("")
+    with pytest.raises(OptionError, match=f"a weight must be above 0, up to 1000000, like {name}:0.5"):
+        Source.parse(f"{name}:{weight}")
+
+
+def test_a_file_whose_name_has_a_colon_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cal:-1", "cal:2", "a:b.jsonl"):
+        Path(name).write_text('{"text": "sun"}')
+        assert Source.parse(name) == Source(name=name)
+        assert Source.parse(f"{name}:2") == Source(name=name, weight=2.0)
+        assert Source.parse(f"{name}:2e-1") == Source(name=name, weight=0.2)
+    assert read_documents("a:b.jsonl", text_column=None, limit=9) == ["sun"]
+    for name in ("org/data:nan", "org/data:1e3", "org/data:-1"):  # configurations of a data set
+        assert Source.parse(name) == Source(name=name)
 
 
 def test_special_tokens_that_no_sample_holds_are_named(tokenizer: Any) -> None:

@@ -112,7 +112,7 @@ def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[Sta
     if tables:
         stages.append(_table(plan, tables, text))
     stages.append(_blocks(plan, text))
-    return [*stages, _distillation(plan, options, text), write] if text.distilled else [*stages, write]
+    return [*stages, _distillation(plan, options, text), write] if options.distill_samples else [*stages, write]
 
 
 def _values(module: PlannedModule) -> int:

@@ -57,13 +57,20 @@ __all__ = ["CalibratedFit"]
 
 
 class CalibratedFit:
-    """A Fitting (types.py) on the calibration text. Models are opened at their first use."""
+    """A Fitting (types.py) on the calibration text. Models are opened at first use. asked: as in `text_inputs`."""
 
     def __init__(
-        self, base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Staged
+        self,
+        base: Checkpoint,
+        fine_tuned: Checkpoint,
+        output: Path,
+        options: CompressOptions,
+        progress: Staged,
+        *,
+        asked: bool = False,
     ) -> None:
         self._base, self._fine_tuned, self._output = base, fine_tuned, output
-        self._options, self._progress = options, progress
+        self._options, self._progress, self._asked = options, progress, asked
         self._quiet = ExitStack()
         self._given: TextInputs | None = None
         self._opened: _Run | None = None
@@ -75,7 +82,7 @@ class CalibratedFit:
 
     def open(self) -> None:
         """Read the text and the tokenizer."""
-        self._given = text_inputs(self._fine_tuned, self._options)
+        self._given = text_inputs(self._fine_tuned, self._options, asked=self._asked)
         self._progress("open", 1, OPEN_STEPS)
 
     def errors(self, plan: Plan) -> Mapping[str, Sequence[float]]:
@@ -189,7 +196,7 @@ def _open_run(
     processes = Processes(device)
     dtype = resolve_dtype(options.compute_dtype)
     if device.type == "cpu":
-        works = work_of(plan, options, text_of(plan, options, device, dtype))
+        works = work_of(plan, options, text_of(plan, options, device, dtype, text))
         check_memory(works, options, held=held_bytes(), machine=machine_memory())
     share = options.text_samples / (options.text_samples + options.distill_samples)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)

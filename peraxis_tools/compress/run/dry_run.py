@@ -87,12 +87,13 @@ def estimate_run(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned = matched(opened_base, opened, base_id)
+        asked = options.calibration_samples is not None
         options = with_text(options, tuned)
         planned = plan_pair(base_checkpoint, tuned, options)
         if options.has_target:
             planned = spend(planned, _typical_errors(planned, options), options)
         planned = with_file_bytes(planned, base_checkpoint, tuned, options)
-        text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options)
+        text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options, asked=asked)
         spent = time.process_time()
     held, machine = held_bytes(), machine_memory()
     works = work_of(planned, options, text)
@@ -128,7 +129,7 @@ def _typical_errors(plan: Plan, options: CompressOptions) -> dict[str, list[floa
     }
 
 
-def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[Text, Any]:
+def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions, *, asked: bool) -> tuple[Text, Any]:
     """The samples of a run, and the model's configuration. This imports and opens the same as a run."""
     import peraxis_tools.compress.run.calibrated  # noqa: F401  as a run does
     from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
@@ -144,11 +145,12 @@ def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions) -> tuple[T
     check_causal(config, tuned.tensors.label, remedy="compress it without text: --fit none")
     dtype = resolve_dtype(options.compute_dtype)
     tokenizer = load_tokenizer(tuned.folder)
-    if _is_local(options):
-        check_ids(read_samples(options, tokenizer).ids, config.to_dict(), tuned.tensors.label)
+    held = read_samples(options, tokenizer, asked=asked) if _is_local(options) else None
+    if held is not None:
+        check_ids(held.ids, config.to_dict(), tuned.tensors.label)
     warm_up()
     map_names(LayerwiseModel(config, dtype=dtype, device=device).model, tuned.tensors)
-    text = text_of(planned, options, device, dtype)
+    text = text_of(planned, options, device, dtype, held)
     return text, config if device.type == "cpu" else None
 
 

@@ -45,8 +45,11 @@ class TextInputs:
     samples: Samples
 
 
-def text_inputs(fine_tuned: Checkpoint, options: CompressOptions) -> TextInputs:
-    """Read the inputs of a fit on text. Raises ToolError, and OptionError for a text that cannot be read."""
+def text_inputs(fine_tuned: Checkpoint, options: CompressOptions, *, asked: bool = False) -> TextInputs:
+    """Read the inputs of a fit on text. Raises ToolError, and OptionError for a text that cannot be read.
+
+    asked: whether the user gave the number of samples, so that a text that holds fewer is noted.
+    """
     folder, label = fine_tuned.folder, fine_tuned.tensors.label
     if folder is None or options.calibration is None:
         raise ToolError(f"{label}: a fit on text needs the checkpoint's folder, with its tokenizer")
@@ -54,13 +57,13 @@ def text_inputs(fine_tuned: Checkpoint, options: CompressOptions) -> TextInputs:
     config = load_config(folder)
     check_causal(config, label, remedy="compress it without text: --fit none")
     tokenizer = load_tokenizer(folder)
-    samples = read_samples(options, tokenizer)
+    samples = read_samples(options, tokenizer, asked=asked)
     check_ids(samples.ids, config.to_dict(), label)
     return TextInputs(device=device, config=config, tokenizer=tokenizer, samples=samples)
 
 
-def read_samples(options: CompressOptions, tokenizer: Any) -> Samples:
-    """The samples of the calibration text, for the fit and for distillation."""
+def read_samples(options: CompressOptions, tokenizer: Any, *, asked: bool = False) -> Samples:
+    """The samples of the calibration text, for the fit and for distillation. asked: as in `text_inputs`."""
     return load_samples(
         options.calibration or (),
         tokenizer,
@@ -68,6 +71,7 @@ def read_samples(options: CompressOptions, tokenizer: Any) -> Samples:
         length=options.sequence_length,
         seed=options.seed,
         text_column=options.text_column,
+        asked=asked,
     )
 
 
@@ -125,14 +129,24 @@ def sampling_dtype(plan: Plan, device: torch.device, dtype: torch.dtype) -> torc
     return torch.bfloat16 if own == {DType.BF16} and fast and dtype is torch.float32 else dtype
 
 
-def text_of(plan: Plan, options: CompressOptions, device: torch.device, dtype: torch.dtype) -> Text:
-    """The samples of a run, for its estimate. dtype: that the model computes in."""
+def text_of(
+    plan: Plan, options: CompressOptions, device: torch.device, dtype: torch.dtype, held: Samples | None
+) -> Text:
+    """The samples of a run, for its estimate. dtype: that the model computes in.
+
+    held: those of the texts, which may hold fewer than the options ask for; None if they are not read yet.
+    """
+    samples, distilled, length = options.text_samples, options.distill_samples, options.sequence_length
+    if held is not None:
+        share = samples / (samples + distilled)
+        samples = sum(round(share * count) for count in held.counts)  # as calibration/parts.py splits them
+        distilled, length = len(held.ids) - samples, held.ids.shape[1]
     return Text(
-        samples=options.text_samples,
+        samples=samples,
         generated=generated_count(plan, options),
-        length=options.sequence_length,
+        length=length,
         value_bytes=dtype.itemsize,
-        distilled=options.distill_samples,
+        distilled=distilled,
         sampled_bytes=sampling_dtype(plan, device, dtype).itemsize,
         together=GENERATED_TOGETHER * options.batch_size,
     )

@@ -48,7 +48,7 @@ from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, StagedProgress, watched_stages
 from peraxis_tools.shown import printable_name
-from peraxis_tools.text import check_texts
+from peraxis_tools.text import check_calibration
 from peraxis_tools.threads import one_blas_thread
 
 __all__ = ["CompressResult", "compress"]
@@ -109,8 +109,7 @@ def compress(
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     output = Path(output)
-    texts = (options.calibration,) if isinstance(options.calibration, str) else options.calibration or ()
-    inputs = (base, fine_tuned, *check_texts(texts))
+    inputs = (base, fine_tuned, *check_calibration(options.calibration))
     # With several processes, the first one writes.
     alone = int(os.environ.get("RANK", "0")) == 0
     with (
@@ -121,11 +120,13 @@ def compress(
         open_checkpoint(fine_tuned, revision=fine_tuned_revision) as opened,
     ):
         base_checkpoint, tuned_checkpoint = matched(opened_base, opened, base_id)
+        asked = options.calibration_samples is not None
         options = with_text(options, tuned_checkpoint)
         note_missing(base_checkpoint, tuned_checkpoint)
         return _compress_pair(
-            base_checkpoint, tuned_checkpoint, output, options, step, show_plan, overwrite=overwrite, force=force
-        )
+            base_checkpoint, tuned_checkpoint, output, options, step, show_plan,
+            overwrite=overwrite, force=force, asked=asked,
+        )  # fmt: skip
 
 
 def _compress_pair(
@@ -138,6 +139,7 @@ def _compress_pair(
     *,
     overwrite: bool,
     force: bool,
+    asked: bool,
 ) -> CompressResult:
     planned = _planned(base, fine_tuned, options, progress, force=force)
     if options.fit == "auto" and options.calibration is None and any(module.components for module in planned.modules):
@@ -145,7 +147,7 @@ def _compress_pair(
     written: tuple[Manifest, int, Mapping[str, int]] | None = None
     if options.resolved_fit != "none":
         progress("open", 0, OPEN_STEPS)  # imports of the next line included
-    with _fitting(base, fine_tuned, output, options, progress) as fitting:
+    with _fitting(base, fine_tuned, output, options, progress, asked=asked) as fitting:
         fitting.open()
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), options)
@@ -166,13 +168,13 @@ def _compress_pair(
 
 
 def _fitting(
-    base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Staged
+    base: Checkpoint, fine_tuned: Checkpoint, output: Path, options: CompressOptions, progress: Staged, *, asked: bool
 ) -> Fitting:
     if options.resolved_fit == "none":
         return StreamedFit(base, fine_tuned, options)
     from peraxis_tools.compress.run.calibrated import CalibratedFit
 
-    return CalibratedFit(base, fine_tuned, output, options, progress)
+    return CalibratedFit(base, fine_tuned, output, options, progress, asked=asked)
 
 
 def _planned(
