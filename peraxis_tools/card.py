@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
 from peraxis_tools.calibration_text import calibration_text
-from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.errors import ToolError
 from peraxis_tools.inspection import InspectResult
 from peraxis_tools.names import HUB_ID
 from peraxis_tools.shown import counted, times_smaller
-from peraxis_tools.yaml_file import check_yaml
+from peraxis_tools.yaml_file import check_yaml, what_is_wrong
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -98,14 +98,15 @@ def _parse_card(content: str | None) -> ModelCard | None:
 
     if content is None:
         return None
+    front = _FRONT.match(content)
     try:
-        if front := _FRONT.match(content):
+        if front:
             check_yaml(front[2], "README.md: its front matter", limit=_FRONT_MATTER)
         return ModelCard(content, ignore_metadata_errors=True)
     except ToolError:
         raise
     except Exception as error:  # yaml has its own hierarchy, and the card is untrusted
-        reason = first_line(error)
+        reason = what_is_wrong(error, above=content[: front.start(2)].count("\n") if front else 0)
         raise ToolError(f"README.md: its front matter cannot be read ({reason}); correct it first") from None
 
 

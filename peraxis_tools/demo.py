@@ -69,7 +69,7 @@ def demo(
         folder.mkdir(exist_ok=True)
         # The marker says unfinished, so that the next demo may replace the folder.
         write_marker(folder, [], finished=False)
-        with told_on_interrupt(lambda: "the next demo begins with the training again"):
+        with told_on_interrupt(lambda: "the next demo begins with the training again", alone=True):
             yield from _steps(folder, size=size, seed=seed, progress=progress)
 
 

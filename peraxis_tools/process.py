@@ -48,16 +48,20 @@ def interrupt_behind(error: BaseException) -> BaseException | None:
 
 
 @contextlib.contextmanager
-def told_on_interrupt(said: Callable[[], str | None]) -> Iterator[None]:
+def told_on_interrupt(said: Callable[[], str | None], *, alone: bool = False) -> Iterator[None]:
     """If the block is interrupted, add a note that the command line prints.
 
-    said: gives one sentence about what is left, or None.
+    said: gives one sentence about what is left, or None. alone: it takes the place of the notes of the steps inside,
+    which are not true for the whole; those of other errors too.
     """
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, (KeyboardInterrupt, Terminated)) and not received:
+        interrupted = isinstance(error, (KeyboardInterrupt, Terminated)) or received
+        if not interrupted and not (alone and getattr(error, "__notes__", ())):
             raise
+        if alone:
+            error.__notes__ = []
         if (sentence := said()) is not None:
             error.add_note(sentence)
         raise

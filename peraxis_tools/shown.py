@@ -10,6 +10,8 @@ __all__ = ["counted", "listed", "printable_name", "size", "times_smaller", "visi
 
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode's categories
 
+_CLOSE: Final = 1.05  # a ratio below it is written as a percentage
+
 
 def visible(value: object) -> str:
     """The text with control, format, surrogate and private characters, and separators of lines, as escapes."""
@@ -28,9 +30,16 @@ def counted(number: int, noun: str) -> str:
 
 
 def times_smaller(full: int, stored: int) -> str:
-    """`6.7 times smaller`, or `1.2 times larger`. full, stored: bytes of the checkpoint and of the file."""
+    """`6.7 times smaller`, or `1.2 times larger`; `4% larger` where that would be 1.0 times, `as large` below 0.5%.
+
+    full, stored: bytes of the checkpoint and of the file.
+    """
     full, stored = max(full, 1), max(stored, 1)
-    return f"{full / stored:.1f} times smaller" if full >= stored else f"{stored / full:.1f} times larger"
+    word, ratio = ("smaller", full / stored) if full >= stored else ("larger", stored / full)
+    if ratio >= _CLOSE:
+        return f"{ratio:.1f} times {word}"
+    percent = f"{100 * abs(stored - full) / full:.0f}%"
+    return "as large" if percent == "0%" else f"{percent} {word}"
 
 
 def size(count: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from peraxis_tools.errors import OptionError, first_line
 from peraxis_tools.optional import require
 
-__all__ = ["check_yaml", "read_mapping"]
+__all__ = ["check_yaml", "read_mapping", "what_is_wrong"]
 
 _SIZE: Final = 1 << 16  # of a file of options
 _DEPTH: Final = 64  # of values in values: the time of the parser grows with its square
@@ -30,6 +30,15 @@ def check_yaml(text: str, label: str, *, limit: int = _SIZE) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEPTH:
             raise OptionError(f"{label}: has values at more than {_DEPTH} levels; write it flatter")
+
+
+def what_is_wrong(error: Exception, *, above: int = 0) -> str:
+    """The problem that a parser of YAML found, with its line, like `line 2: expected ',' or ']', but got ':'`.
+
+    above: the lines of the file above the text that was parsed.
+    """
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return first_line(error) if mark is None or not problem else f"line {above + mark.line + 1}: {first_line(problem)}"
 
 
 def _refuse_large(size: int, limit: int, label: str) -> None:
@@ -66,7 +75,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         values = yaml.safe_load(text)
         repr(values)  # a ValueError for an integer that is too large to be shown
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # an invalid date is a ValueError
-        raise OptionError(f"{path}: not a YAML file: {first_line(error)}") from None
+        raise OptionError(f"{path}: not a YAML file: {what_is_wrong(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -74,4 +74,4 @@ def command(
             workers=workers,
             progress=staged(quiet=quiet),
         )
-    emit(result, render_apply, schema="peraxis.apply/1", as_json=as_json)
+    emit(result, render_apply, schema="peraxis.apply/1", as_json=as_json, written=output)

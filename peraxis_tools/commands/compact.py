@@ -42,4 +42,4 @@ def command(
     """
     with updates_of(updates, quiet=quiet, output=output) as paths:
         result = compact(base, paths, output, prefer=prefer, overwrite=overwrite, progress=staged(quiet=quiet))
-    emit(result, render_compact, schema="peraxis.compact/1", as_json=as_json)
+    emit(result, render_compact, schema="peraxis.compact/1", as_json=as_json, written=output)

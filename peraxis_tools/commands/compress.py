@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class _Compress(click.Command):
     type=click.Choice(FITS),
     help="The method that chooses signs and scales.  [default: refined with a calibration text, else none]",
 )
+@click.option("--refine-rounds", type=int, help="The rounds of fit refined, signs and scales in turn.  [default: 3]")
 @click.option(
     "--axis", type=click.Choice(AXES), help="The axis of the scales; auto takes the best one for each module."
 )
@@ -141,12 +143,17 @@ class _Compress(click.Command):
 @click.option(
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A YAML file with these options, or a .pxd, for those it was written with.",
+    help="A YAML file with options from --exact to --resume, or a .pxd, for those it was written with.",
 )
 @base_revision_option
 @click.option("--fine-tuned-revision", help="The revision of a fine-tune on the hub.")
 @click.option("--base-id", metavar="ORG/NAME[@REVISION]", help="The hub id of a base that is given as a folder.")
-@click.option("--dry-run", is_flag=True, help="Only say what it would take: bytes, memory, processor seconds.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only say what it would take: bytes, memory and processor seconds. With a text it measures this "
+    "machine for some seconds, up to ten.",
+)
 @click.option("--force", is_flag=True, help="Write the delta even if it saves little.")
 @overwrite_option
 @json_option
@@ -214,6 +221,6 @@ def command(
             force=force,
             base_id=base_id,
             progress=stages,
-            show_plan=None if quiet else plan_lines,
+            show_plan=None if quiet else partial(plan_lines, compared=options.has_target or options.spends_freely),
         )
-    emit(result, render_compress, schema="peraxis.compress/1", as_json=as_json)
+    emit(result, partial(render_compress, quiet=quiet), schema="peraxis.compress/1", as_json=as_json, written=output)

@@ -131,7 +131,7 @@ def command(
             refuse_given("after", "prefer", why="without a wire")
         if target == "checkpoint":
             applied = apply(base or "", path, output, overwrite=overwrite, progress=step)
-            emit(applied, render_apply, schema="peraxis.apply/1", as_json=as_json)
+            emit(applied, render_apply, schema="peraxis.apply/1", as_json=as_json, written=output)
             return
         result = convert(
             path,
@@ -150,13 +150,13 @@ def command(
         )
     match result:
         case UpdateResult():
-            emit(result, render_update, schema="peraxis.update/1", as_json=as_json)
+            emit(result, render_update, schema="peraxis.update/1", as_json=as_json, written=output)
         case ToWireResult():
-            emit(result, render_to_wire, schema="peraxis.convert-wire/1", as_json=as_json)
+            emit(result, render_to_wire, schema="peraxis.convert-wire/1", as_json=as_json, written=output)
         case LoraResult():
-            emit(result, render_lora, schema="peraxis.convert-lora/1", as_json=as_json)
+            emit(result, render_lora, schema="peraxis.convert-lora/1", as_json=as_json, written=output)
         case ToPxdResult():
-            emit(result, render_to_pxd, schema="peraxis.convert/1", as_json=as_json)
+            emit(result, render_to_pxd, schema="peraxis.convert/1", as_json=as_json, written=output)
 
 
 def _refuse_other(source: str, layout: str) -> None:

@@ -55,7 +55,12 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
     help="The number of samples in one forward pass.",
 )
 @click.option("--text-column", help="The column of the text.  [default: text, else all text columns]")
-@click.option("--on-the-fly/--no-on-the-fly", default=True, help="Also measure unrounded weights, which serving uses.")
+@click.option(
+    "--on-the-fly/--no-on-the-fly",
+    default=None,
+    help="Also measure the sums of base and signs unrounded, as a server computes them for each batch.  "
+    "[default: where transformers keeps the weights' names]",
+)
 @click.option(
     "--tasks", default="", callback=_names, metavar="NAMES",
     help="Tasks of lm-eval, separated by commas, like arc_easy,hellaswag,piqa.",
@@ -91,7 +96,7 @@ def command(
     sequence_length: int,
     batch_size: int,
     text_column: str | None,
-    on_the_fly: bool,
+    on_the_fly: bool | None,
     tasks: tuple[str, ...],
     task_limit: int | None,
     task_path: Path | None,
@@ -112,8 +117,10 @@ def command(
     ±           the standard error of KL over the samples
     99%         KL that 99% of the tokens stay below
     top-1       how often both models have the same most likely token
-    recovered   the share of the fine-tune's gain in loss over the base; none where it gains nothing
-    merged      weights rounded as `apply` writes them; on the fly: unrounded, as a server of many variants
+    recovered   the share of the fine-tune's gain in loss over the base; above 100%: a lower loss than the
+                fine-tune's; none where it gains nothing
+    merged      weights rounded as `apply` writes them
+    on the fly  base and signs summed unrounded in each forward pass, as a server of many variants does
     after, worst  KL after special tokens, and the text before the tokens with the largest KL
 
     \b
@@ -123,8 +130,8 @@ def command(
         refuse_given("task_limit", "task_path", why="without --tasks")
     if not texts:
         refuse_given("samples", "sequence_length", "text_column", "seed", "on_the_fly", why="without --text")
-    candidates = tuple(name for name in CANDIDATES if on_the_fly or name != "on-the-fly")
-    total = max(1, len(candidates) * len(texts))
+    asked = tuple(name for name in CANDIDATES if on_the_fly or name != "on-the-fly")
+    total = max(1, len(asked if on_the_fly is False else CANDIDATES) * len(texts))
     with (
         fetched([delta], quiet=quiet) as (path,),
         progress("evaluate", total, unit="steps", quiet=quiet) as step,
@@ -138,7 +145,7 @@ def command(
             sequence_length=sequence_length,
             batch_size=batch_size,
             text_column=text_column,
-            candidates=candidates,
+            candidates=None if on_the_fly is None else asked,
             tasks=tasks,
             task_limit=task_limit,
             task_path=task_path,

@@ -28,4 +28,5 @@ def command(delta: str, output: Path, overwrite: bool, as_json: bool, quiet: boo
     \b
     Example: peraxis-tools extract delta.pxd -o tokenizer
     """
-    emit(extract(delta, output, overwrite=overwrite), render_extract, schema="peraxis.extract/1", as_json=as_json)
+    result = extract(delta, output, overwrite=overwrite)
+    emit(result, render_extract, schema="peraxis.extract/1", as_json=as_json, written=output)

@@ -104,7 +104,7 @@ def command(
     given = {str(path): without_secrets(str(name)) for path, name in zip(paths, names, strict=True)}
     inputs = tuple(dataclasses.replace(part, path=given[part.path]) for part in result.inputs)
     result = dataclasses.replace(result, inputs=inputs)
-    emit(result, render_merge, schema="peraxis.merge/1", as_json=as_json)
+    emit(result, render_merge, schema="peraxis.merge/1", as_json=as_json, written=output)
 
 
 def _all_parts(paths: list[Path]) -> bool:

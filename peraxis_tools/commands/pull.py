@@ -61,4 +61,4 @@ def command(
             overwrite=overwrite,
             progress=staged(quiet=quiet),
         )
-    emit(result, render_pull, schema="peraxis.pull/1", as_json=as_json)
+    emit(result, render_pull, schema="peraxis.pull/1", as_json=as_json, written=output)

@@ -69,4 +69,4 @@ def command(
         overwrite=overwrite,
         progress=staged(quiet=quiet),
     )
-    emit(result, render_sign, schema="peraxis.sign/1", as_json=as_json)
+    emit(result, render_sign, schema="peraxis.sign/1", as_json=as_json, written=result.bundle)

@@ -31,4 +31,4 @@ def command(delta: str, output: Path, parts: int, overwrite: bool, as_json: bool
     """
     with fetched([delta], quiet=quiet) as paths:
         result = split(paths[0], output, parts=parts, overwrite=overwrite, progress=staged(quiet=quiet))
-    emit(result, render_split, schema="peraxis.split/1", as_json=as_json)
+    emit(result, render_split, schema="peraxis.split/1", as_json=as_json, written=output)

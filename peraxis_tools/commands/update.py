@@ -51,4 +51,4 @@ def command(
     step = staged(quiet=quiet)
     with updates_of(after, quiet=quiet, output=output) as files:
         result = update(old, new, output, after=files, prefer=prefer, overwrite=overwrite, progress=step)
-    emit(result, render_update, schema="peraxis.update/1", as_json=as_json)
+    emit(result, render_update, schema="peraxis.update/1", as_json=as_json, written=output)

@@ -285,8 +285,8 @@ def _refuse_unknown(names: Iterable[str], *, where: str = "") -> None:
     known = sorted((*(_dashed(field.name) for field in fields(CompressOptions)), "recipe"))
     for name in names:
         if _dashed(name) not in known:
-            hint = did_you_mean(name, known)
-            raise OptionError(f"{where}unknown option {name!r}; known are {', '.join(known)}{hint}")
+            hint = did_you_mean(name, known) or f"; known are {', '.join(known)}"
+            raise OptionError(f"{where}unknown option {name!r}{hint}")
 
 
 def _dashed(name: str) -> str:

@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["check_model", "check_tokens", "load_checkpoint_model", "load_merged", "load_on_the_fly", "load_tokenizer"]
+__all__ = [
+    "RenamedWeightError",
+    "check_model",
+    "check_tokens",
+    "load_checkpoint_model",
+    "load_merged",
+    "load_on_the_fly",
+    "load_tokenizer",
+]
+
+
+class RenamedWeightError(ToolError):
+    """A weight of a delta has another name, or lies in a larger tensor, in the model of transformers."""
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
@@ -90,7 +102,7 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
     try:
         parameter = model.get_parameter(name)
     except AttributeError:
-        raise ToolError(
+        raise RenamedWeightError(
             f"{name}: has another name in transformers; leave out the candidate on-the-fly: --no-on-the-fly"
         ) from None
     with torch.no_grad():

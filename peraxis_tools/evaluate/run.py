@@ -22,6 +22,7 @@ from peraxis_tools.evaluate.types import (
     TaskResult,
     recovered_fraction,
 )
+from peraxis_tools.notes import note
 from peraxis_tools.optional import require
 from peraxis_tools.positions import DEFAULT_LENGTH
 from peraxis_tools.progress import Staged, StagedProgress, watched_stages
@@ -48,7 +49,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     compute_dtype: EvaluationDType = "float32",
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[str] | None = None,
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
     task_path: str | Path | None = None,
@@ -61,12 +62,14 @@ def evaluate(
 
     texts: from the name of a domain to c4, a datasets id, or a file (json, jsonl, parquet, txt, csv; also .gz). A text
     is cut into at most `samples` samples of `sequence_length` tokens, without overlap or padding. candidates: some of
-    base, merged and on-the-fly; the last one always computes in float32, the others in compute_dtype. tasks: names of
-    lm-eval, with task_limit questions each. task_path: a folder with further task definitions. batch_size: samples in
-    one forward pass. seed: of the order of documents. progress: called with (stage, done, total), or True for bars.
+    base, merged and on-the-fly; the last one always computes in float32, the others in compute_dtype. None means all;
+    on-the-fly is then left out, with a note, where transformers renames the weights. tasks: names of lm-eval, with
+    task_limit questions each. task_path: a folder with further task definitions. batch_size: samples in one forward
+    pass. seed: of the order of documents. progress: called with (stage, done, total), or True for bars.
     Raises ToolError, PxdError, CheckpointError.
     """
-    candidates, tasks = sequence(candidates), sequence(tasks)
+    lenient = candidates is None
+    candidates, tasks = sequence(CANDIDATES if candidates is None else candidates), sequence(tasks)
     task_path = None if task_path is None else Path(task_path)
     _check_asked(texts, tasks, candidates)
     check_choice("compute_dtype", compute_dtype, get_args(EvaluationDType))
@@ -109,7 +112,7 @@ def evaluate(
         }
         check_tokens(fine_tuned, (text.ids for text in sampled.values()), revision=fine_tuned_revision)
         with fast_products():
-            found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step)
+            found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step, lenient=lenient)
         results: tuple[TaskResult, ...] = ()
         if tasks:
             results = run_tasks(models.load, tokenizer, tasks, limit=task_limit, path=task_path, batch_size=batch_size)
@@ -189,11 +192,14 @@ def _compare_all(
     candidates: Sequence[str],
     batch_size: int,
     progress: Staged,
+    *,
+    lenient: bool,
 ) -> dict[str, dict[str, Fidelity]]:
-    """domain -> candidate -> Fidelity."""
+    """domain -> candidate -> Fidelity. lenient: leave out, with a note, a candidate that transformers cannot hold."""
     import torch
 
     from peraxis_tools.evaluate.fidelity import compare
+    from peraxis_tools.evaluate.models import RenamedWeightError
     from peraxis_tools.evaluate.readable import readable, special_ids
 
     found: dict[str, dict[str, Fidelity]] = {domain: {} for domain in sampled}
@@ -202,7 +208,15 @@ def _compare_all(
     reference = models.load("fine-tuned")
     total, done = len(candidates) * len(sampled), 0
     for candidate in candidates:
-        model = models.load(candidate)
+        try:
+            model = models.load(candidate)
+        except RenamedWeightError as error:
+            if not lenient:
+                raise
+            note(f"the candidate {candidate} is left out: {str(error).partition(';')[0]}")
+            done += len(sampled)
+            progress("evaluate", done, total)
+            continue
         for domain, its in sampled.items():
             # A base with another vocabulary size has other logits, which cannot be compared.
             if model.config.get_text_config().vocab_size == reference.config.get_text_config().vocab_size:

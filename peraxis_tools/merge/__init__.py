@@ -22,6 +22,7 @@ from peraxis_tools.delta_parts import join_parts, refuse_part
 from peraxis_tools.errors import CheckFailedError, OptionError, ToolError
 from peraxis_tools.merge.methods import SUM_MIN, Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
+from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
@@ -152,6 +153,8 @@ def merge(
         for path, file, weight in zip(paths, opened, weights, strict=True)
     )
     note_whole(output, manifest, size=writer.size, reason=_WHOLE)
+    if all(module.encoding is pxd.Encoding.SAME for module in manifest.modules):
+        note(f"{output}: holds no change, because the weighted sum is the base; check the weights")
     return _result(output, manifest, writer.size, "sum" if masks is None else "fit", mixture.method, inputs, modules)
 
 

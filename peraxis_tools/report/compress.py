@@ -23,15 +23,21 @@ _NOTES_SHOWN = 8
 _SHOWN: Final = (Encoding.SIGN, Encoding.SAME, Encoding.FULL, Encoding.EXACT)
 
 
-def plan_lines(plan: Plan) -> None:
-    """Print the plan on standard error: masks of modules, exact modules, and the predicted size."""
+def plan_lines(plan: Plan, *, compared: bool = False) -> None:
+    """Print the plan on standard error: masks of modules, exact modules, and the predicted size.
+
+    compared: whether the pair's weights were compared for the plan, so that modules with masks are known to differ.
+    """
     masks = Counter(module.components for module in plan.modules if module.components)
     exact = Counter(module.reason for module in plan.modules if module.encoding is Encoding.FULL)
+    new = {module.reason for module in plan.modules if module.base_shape is None}
     kept = Counter(module.reason for module in plan.modules if module.encoding is Encoding.SAME)
-    parts = [f"{counted(count, 'module')} with {counted(k, 'mask')}" for k, count in sorted(masks.items())]
+    open_ = "" if compared else " if changed"
+    parts = [f"{counted(count, 'module')} with {counted(k, 'mask')}{open_}" for k, count in sorted(masks.items())]
     parts += [f"{count} as in the base ({reason})" for reason, count in sorted(kept.items())]
     parts += [
-        f"{count} exact ({'asked for' if reason == EXACT else reason})" for reason, count in sorted(exact.items())
+        f"{count} exact{'' if reason in new else ' if changed'} ({'asked for' if reason == EXACT else reason})"
+        for reason, count in sorted(exact.items())
     ]
     whole = plan.payload_bytes if plan.file_bytes is None else plan.file_bytes
     print_note(f"plan: {', '.join(parts)}")
@@ -58,8 +64,21 @@ def render_dry_run(result: RunEstimate, console: Console) -> None:
         console.print(f"  {text(stage.name.ljust(width))}  {size(stage.memory)} beyond the imports{seconds}")
 
 
-def render_compress(result: CompressResult, console: Console) -> None:
-    """Print the file, its sizes, the fit, and the modules that differ from the plan."""
+def _fit_text(result: CompressResult) -> str:
+    """How signs and scales were found, and on how much text."""
+    if not result.encodings.get(Encoding.SIGN.value, 0):
+        return "none: no module has signs"
+    if not result.calibration_samples:
+        return result.fit
+    text_read = f"{counted(result.calibration_samples, 'sample')}, {counted(result.calibration_tokens, 'token')}"
+    return f"{result.fit}, then distilled; {text_read}" if result.distillation else f"{result.fit}, on {text_read}"
+
+
+def render_compress(result: CompressResult, console: Console, *, quiet: bool = False) -> None:
+    """Print the file, its sizes, the fit, and the modules that differ from the plan.
+
+    quiet: leave out the notes on modules.
+    """
     console.print(
         f"[bold green]compressed[/]  {text(result.path)}  {size(result.bytes)} of {size(result.full_bytes)}, "
         f"{times_smaller(result.full_bytes, result.bytes)}"
@@ -73,15 +92,13 @@ def render_compress(result: CompressResult, console: Console) -> None:
     )
     if result.blocks:
         console.print(f"blocks   {blocks_text(result.blocks, result.prefer)}")
-    if result.calibration_samples:
-        samples = counted(result.calibration_samples, "sample")
-        console.print(f"fit      {result.fit}, on {samples}, {result.calibration_tokens} tokens")
-    else:
-        console.print(f"fit      {result.fit}")
+    console.print(f"fit      {_fit_text(result)}")
+    if result.distillation:
+        console.print(f"distilled  {text(result.distillation)}")
     if result.unread_tokens:
         named = text(listed(result.unread_tokens, _NOTES_SHOWN))
-        console.print(f"unread   {named}: special tokens that are not in the calibration text")
-    for i, (name, note) in enumerate(result.notes.items()):
+        console.print(f"unread   special tokens that calibration did not read, so no fit covers them: {named}")
+    for i, (name, note) in enumerate(() if quiet else result.notes.items()):
         if i == _NOTES_SHOWN:
             console.print(f"note     and {len(result.notes) - i} more (inspect --json, metadata peraxis.report)")
             break

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+import click
 from rich.console import Console
 from rich.markup import escape
 
@@ -78,11 +80,38 @@ def json_text(value: Any, *, encoding: str | None = "utf-8") -> str:
     return plain
 
 
-def emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_json: bool) -> None:
+def emit(
+    result: R,
+    render: Callable[[R, Console], None],
+    *,
+    schema: str,
+    as_json: bool,
+    written: Path | str | None = None,
+) -> None:
     """Print a result: `render` for a person, or JSON with its schema's name and version.
 
-    schema: like `peraxis.inspect/1`; the number grows when a field changes its meaning or is removed.
+    schema: like `peraxis.inspect/1`; the number grows when a field changes its meaning or is removed. written: what the
+    verb wrote. An error of standard output says so; with --quiet a report that has no standard output is left out.
     """
+    try:
+        _emit(result, render, schema=schema, as_json=as_json)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if written is None:
+            raise
+        if error.errno == errno.EBADF and _is_quiet() and not as_json:
+            return
+        error.add_note(f"{without_secrets(str(written))} was written")
+        raise
+
+
+def _is_quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.params.get("quiet"))
+
+
+def _emit(result: R, render: Callable[[R, Console], None], *, schema: str, as_json: bool) -> None:
     if as_json:
         write(json_text({"schema": schema, **to_json(result)}, encoding=report_stream().encoding))
     else:

@@ -17,7 +17,7 @@ from peraxis_tools.inspection import InspectResult
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.compress import render_compress
 from peraxis_tools.report.console import size, text
-from peraxis_tools.report.evaluate import render_evaluate
+from peraxis_tools.report.evaluate import render_evaluate, shown_kl
 from peraxis_tools.report.inspect import render_inspect
 from peraxis_tools.report.verify import render_verify
 from peraxis_tools.verify import VerifyResult
@@ -56,7 +56,7 @@ def render_demo(result: DemoResult, console: Console) -> None:
             row.label,
             size(row.bytes) if row.bytes else "-",
             f"{row.ratio:.1f}" if row.ratio else "-",
-            *(f"{row.fidelity[domain].kl:.4f}" for domain in domains),
+            *(shown_kl(row.fidelity[domain].kl, ".4f") for domain in domains),
             *(f"{row.fidelity[domain].top1:.1%}" for domain in domains),
         )
     console.print("[bold]beside other files of this pair[/]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 from peraxis_tools.evaluate.types import DomainResult, EvaluateResult, TaskResult
 from peraxis_tools.report.console import size, text
 
-__all__ = ["render_evaluate"]
+__all__ = ["render_evaluate", "shown_kl"]
 
 _SPECIAL_SHOWN = 4
 _WORST_SHOWN = 3
@@ -29,6 +30,11 @@ def render_evaluate(result: EvaluateResult, console: Console) -> None:
             console.print(line)
     if result.tasks:
         console.print(_task_table(result.tasks))
+
+
+def shown_kl(kl: float, form: str = ".3g") -> str:
+    """KL as it is shown: 0 where rounding of the sums made it negative."""
+    return format(kl if math.isnan(kl) else max(0.0, kl), form)
 
 
 def _domain_title(domain: DomainResult) -> str:
@@ -50,9 +56,9 @@ def _domain_table(domain: DomainResult) -> Table:
         recovered = domain.recovered.get(name)
         table.add_row(
             _LABELS[name],
-            f"{its.kl:.3g}",
+            shown_kl(its.kl),
             "" if its.kl_error is None else f"{its.kl_error:.1g}",
-            f"{its.tail.percentile_99:.3g}",
+            shown_kl(its.tail.percentile_99),
             f"{100 * its.top1:.1f}%",
             f"{its.perplexity:.4g}",
             "-" if recovered is None else f"{100 * recovered:.1f}%",
@@ -67,9 +73,9 @@ def _tail_lines(domain: DomainResult) -> Iterator[str]:
     if merged is None:
         return
     for token in sorted(merged.tail.special, key=lambda token: -token.kl)[:_SPECIAL_SHOWN]:
-        yield f"after {text(repr(token.text))}  KL {token.kl:.3g}, {token.count} times"
+        yield f"after {text(repr(token.text))}  KL {shown_kl(token.kl)}, {token.count} times"
     for worst in merged.tail.worst[:_WORST_SHOWN]:
-        yield f"worst  KL {worst.kl:.3g} after {text(repr(worst.text[-60:]))}"
+        yield f"worst  KL {shown_kl(worst.kl)} after {text(repr(worst.text[-60:]))}"
 
 
 def _task_table(tasks: tuple[TaskResult, ...]) -> Table:

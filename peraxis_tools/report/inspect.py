@@ -22,6 +22,8 @@ _WIDEST: Final = 120
 _PIPED: Final = 80  # columns if the output is not a terminal
 _GROUP_WIDTH: Final = 24
 _KINDS_SHOWN: Final = 3
+_DISTILLATION_KEY: Final = "peraxis.distillation"  # compress/run/types.py
+_DISTILLATION_WIDTH: Final = 100
 _STYLES: Final = {"sign": "green", "exact": "cyan", "full": "yellow", "same": "dim"}
 
 
@@ -66,6 +68,8 @@ def _summary(result: InspectResult, console: Console) -> None:
             f"calibration  {text(calibration_text(manifest))}, {calibration.samples} x "
             f"{calibration.sequence_length} tokens, seed {calibration.seed}"
         )
+    if distilled := manifest.metadata.get(_DISTILLATION_KEY):
+        console.print(f"distilled    {text(distilled[:_DISTILLATION_WIDTH])}")
     console.print(f"written by   {text(manifest.producer.name)} {text(manifest.producer.version)}")
     for label, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):
         if names:

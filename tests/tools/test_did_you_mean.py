@@ -61,9 +61,7 @@ def test_the_command_line_says_which_name_was_meant(line: str, meant: str, input
 
 
 def test_a_key_of_a_configuration_is_named_with_its_file(inputs: Path) -> None:
-    with pytest.raises(
-        OptionError, match=r"run.yaml: unknown option 'calibraton'; known are .*did you mean calibration"
-    ):
+    with pytest.raises(OptionError, match=r"run.yaml: unknown option 'calibraton'; did you mean calibration\?$"):
         CompressOptions.from_yaml(inputs / "run.yaml")
 
 

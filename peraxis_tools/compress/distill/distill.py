@@ -78,9 +78,10 @@ class DistillOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillResult:
-    """The distilled modules, and the held-out loss before and after."""
+    """The distilled modules, the steps of the training (0: nothing to train), and the held-out loss around it."""
 
     modules: Mapping[str, FittedModule]
+    steps: int
     before: float
     after: float
 
@@ -114,7 +115,7 @@ def distill(
     losses = Losses(student=student, built=trained.built, targets=targets, splits=splits, kind=options.loss)
     if not any(group.parameters for group in trained.groups(options)):  # every module is exact, or as in the base
         loss = _validation_loss(trained, losses)
-        return DistillResult(modules=modules, before=loss, after=loss)
+        return DistillResult(modules=modules, steps=0, before=loss, after=loss)
     batches = -(-len(samples) // options.batch_size)
     steps = options.epochs * batches
     training = Training(trained.groups(options), steps=steps)
@@ -140,7 +141,7 @@ def distill(
         training.save(work, stands)
     progress("distill", steps, steps)
     best = {module.name: module for module in work.load(_BEST) or ()}
-    return DistillResult(modules={**modules, **best}, before=stands.before, after=stands.best)
+    return DistillResult(modules={**modules, **best}, steps=steps, before=stands.before, after=stands.best)
 
 
 def checkpoint_layers(student: LayerwiseModel) -> None:

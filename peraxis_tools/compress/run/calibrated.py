@@ -40,7 +40,7 @@ from peraxis_tools.compress.run.inputs import (
     text_of,
 )
 from peraxis_tools.compress.run.memory import check_memory, held_bytes, machine_memory
-from peraxis_tools.compress.run.types import OPEN_STEPS, FittedModule, RunFit
+from peraxis_tools.compress.run.types import DISTILLATION_KEY, OPEN_STEPS, FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import resolve_dtype
 from peraxis_tools.errors import ToolError
@@ -50,6 +50,7 @@ from peraxis_tools.process import Terminated
 from peraxis_tools.products import fast_products
 from peraxis_tools.progress import Staged
 from peraxis_tools.quiet import quiet_transformers
+from peraxis_tools.shown import counted
 from peraxis_tools.text import Samples, unread_tokens
 from peraxis_tools.threads import limit_torch
 
@@ -331,7 +332,9 @@ def _distilled(
         work=run.work,
         progress=progress,
     )
-    text = {"peraxis.distillation": f"held-out {options.distill_loss}: {result.before:.6g} -> {result.after:.6g}"}
+    extent = f"{counted(len(train), 'sample')}, {counted(result.steps, 'step')}"
+    losses = f"held-out {options.distill_loss}: {result.before:.6g} -> {result.after:.6g}"
+    text = {DISTILLATION_KEY: f"{extent}, {losses}"}
     run.work.save_text("distilled", text)
     run.work.save("distilled", list(result.modules.values()))
     return result.modules, text

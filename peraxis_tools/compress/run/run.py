@@ -40,7 +40,7 @@ from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
-from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
+from peraxis_tools.compress.run.types import DISTILLATION_KEY, OPEN_STEPS, Fitting, ModuleReport, RunFit
 from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
@@ -66,6 +66,7 @@ _NO_TEXT = (
 class CompressResult:
     """The result of `compress`. Sizes are bytes. notes: modules that differ from the plan, and the reason.
     encodings: modules by encoding. blocks: those of exact modules by mode (SPEC 5.6), chosen for `prefer`.
+    distillation: its samples, steps, and held-out loss before and after, in words; empty without one.
     unread_tokens: special tokens that are not in the calibration text, so that no fit covers them."""
 
     path: Path
@@ -82,6 +83,7 @@ class CompressResult:
     notes: Mapping[str, str]
     calibration_samples: int
     calibration_tokens: int
+    distillation: str
     unread_tokens: tuple[str, ...]
 
 
@@ -295,5 +297,6 @@ def _result(
         notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
+        distillation=manifest.metadata.get(DISTILLATION_KEY, ""),
         unread_tokens=fit.unread_tokens,
     )
