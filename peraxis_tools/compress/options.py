@@ -222,6 +222,11 @@ class CompressOptions:
         return SAMPLES_MOST if self.calibration_samples is None else self.calibration_samples
 
     @property
+    def calibration_share(self) -> float:
+        """The share of the samples that the fit takes; distillation alone takes the others."""
+        return self.text_samples / (self.text_samples + self.distill_samples)
+
+    @property
     def has_target(self) -> bool:
         """Whether a byte budget decides the masks of each module."""
         return self.target_size is not None or self.target_ratio is not None

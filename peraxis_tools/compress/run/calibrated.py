@@ -199,7 +199,6 @@ def _open_run(
     if device.type == "cpu":
         works = work_of(plan, options, text_of(plan, options, device, dtype, text))
         check_memory(works, options, held=held_bytes(), machine=machine_memory())
-    share = options.text_samples / (options.text_samples + options.distill_samples)
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
     digest = inputs_digest(base.tensors, fine_tuned.tensors, text, options, device, dtype)
     is_main, threads = processes.is_main_process, torch.get_num_threads()
@@ -213,7 +212,7 @@ def _open_run(
         tokenizer=given.tokenizer,
         names=names,
         samples=text,
-        parts=partition(text.by_source, calibration=share, validation=options.held_out),
+        parts=partition(text.by_source, calibration=options.calibration_share, validation=options.held_out),
         work=work,
         processes=processes,
         device=device,
@@ -248,7 +247,7 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: S
         ids = run.work.load_array("generated")
     if ids is None:
         raise ToolError(f"{run.work.path}: the generated samples are not there; run again with --no-resume")
-    share = options.text_samples / (options.text_samples + options.distill_samples)
+    share = options.calibration_share
     return replace(
         run,
         samples=replace(
