@@ -58,7 +58,7 @@ def told_on_interrupt(said: Callable[[], str | None], *, alone: bool = False) ->
         yield
     except BaseException as error:
         interrupted = isinstance(error, (KeyboardInterrupt, Terminated)) or received
-        if not interrupted and not (alone and getattr(error, "__notes__", ())):
+        if not interrupted and not (alone and hasattr(error, "__notes__")):
             raise
         if alone:
             error.__notes__ = []

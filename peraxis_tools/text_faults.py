@@ -10,6 +10,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -75,7 +76,7 @@ def _packed(path: Path) -> bool:
     return path.name.endswith(".gz")
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> BufferedIOBase:
     return gzip.open(path, "rb") if _packed(path) else open(path, "rb")
 
 

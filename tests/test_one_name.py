@@ -21,7 +21,6 @@ EXCEPTIONS: Final[Mapping[str, Mapping[str, str]]] = {
     "compress": {
         "options": "a mapping of the other parameters; --config FILE",
         "show_plan": "the command prints the plan",
-        "refine_rounds": "for experiments; a key of --config",
     },
     "convert": {"layout": "--from, which is a keyword of Python"},
     "eval": {"candidates": "the command always measures the base and the merged model; --no-on-the-fly"},

@@ -15,9 +15,10 @@ The first of refined, scales and scalar that is never worse than the scalar is t
 and `same` by more than chance, a share 1 / sqrt(validation tokens). The chosen fit is repeated on all tokens; the
 reported errors are those of the first fit, on tokens that it had not seen.
 
-Of the correction (fit.py) a fit takes the share s of least error on the validation tokens. What is not noise in it is
-the same for any number of tokens, and noise has a variance of 1 / tokens, so s becomes r s / (1 + (r - 1) s) for r
-times the tokens, on which the chosen fit is repeated.
+Of the correction (fit.py) a fit takes all, or the share s of least error on the validation tokens if scales fitted to
+that are better there. (Signs and scales average out much of the noise that would be in a dense weight, for which s is
+best.) What is not noise is the same for any number of tokens, and noise has a variance of 1 / tokens, so s becomes
+r s / (1 + (r - 1) s) for r times the tokens, on which the chosen fit is repeated.
 """
 
 from __future__ import annotations
@@ -111,24 +112,28 @@ class _Trial:
         self._tokens.append(max(validation.tokens, 1))
         candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._plain, _SAME: ()}
         if hessian is not None:
-            correction = hessian.correction(self._some.fine_tuned)
-            share = validation.share(correction)
-            self._shares.append(_share_of_all(share, self._all_tokens / max(tokens, 1)))
-            candidates.update(self._fitted(quadratic(self._some.delta + share * correction, hessian), validation))
+            candidates.update(self._fitted(hessian, validation, self._all_tokens / max(tokens, 1)))
         for kind, terms in candidates.items():
             self._errors.setdefault(kind, []).append(self._error(terms, validation))
 
-    def _fitted(self, problem: Quadratic, validation: Validation) -> Mapping[str, Sequence[ComponentFit]]:
-        if self._axis is None:
-            self._axis = self._best_axis(problem, validation)
+    def _fitted(self, hessian: Hessian, validation: Validation, times: float) -> Mapping[str, Sequence[ComponentFit]]:
+        """The candidates of this Hessian. times: the tokens of the final fit for each of this one."""
         light = replace(self._options, refine=True, rounds=0)
-        scales = self._terms(problem, self._axis, light)
+        correction = hessian.correction(self._some.fine_tuned)
+        tried: list[tuple[float, float, Quadratic, tuple[ComponentFit, ...]]] = []
+        for share in sorted({validation.share(correction), 1.0}):
+            problem = quadratic(self._some.delta + share * correction, hessian)
+            axis = self._axis = self._axis or self._best_axis(problem, validation)
+            scales = self._terms(problem, axis, light)
+            tried.append((self._error(_rounded(scales), validation), share, problem, scales))
+        _, share, problem, scales = min(tried, key=lambda each: each[0])
+        self._shares.append(_share_of_all(share, times))
         found = {_SCALES: _rounded(scales)}
         if Axis.TENSOR in self._matrix.axes:
             found[_SCALAR] = _rounded(self._terms(problem, Axis.TENSOR, light))
         if self._options.refine:
             found[_REFINED] = _rounded(
-                fit_terms(problem, self._axis, replace(light, rounds=1, sweeps=_TRIAL_SWEEPS), start=scales)
+                fit_terms(problem, axis, replace(light, rounds=1, sweeps=_TRIAL_SWEEPS), start=scales)
             )
         return found
 
