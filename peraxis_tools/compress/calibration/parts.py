@@ -10,7 +10,7 @@ import numpy as np
 
 from peraxis_tools.text import Ids
 
-__all__ = ["Halves", "Parts", "halves", "partition", "pieces_of"]
+__all__ = ["Halves", "Parts", "calibrating", "halves", "partition", "pieces_of"]
 
 _PIECE: Final = 128  # tokens of a piece of a generated sample, about
 
@@ -48,6 +48,11 @@ def halves(parts: Parts, *, crossed: bool) -> Halves:
     return Halves(fit=np.concatenate(texts[:-1]), validation=texts[-1], crossed=True)
 
 
+def calibrating(count: int, share: float) -> int:
+    """How many of the samples of a source calibrate: a share, at least one of them."""
+    return max(round(share * count), min(count, 1))
+
+
 def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
     """Split each source into calibration (a share) and distillation, and each of these into training and validation.
 
@@ -57,7 +62,7 @@ def partition(sources: Sequence[Ids], *, calibration: float, validation: float) 
     parts: list[list[Ids]] = [[], [], [], []]
     texts: list[Ids] = []
     for ids in sources:
-        cut = max(round(calibration * len(ids)), min(len(ids), 1))
+        cut = calibrating(len(ids), calibration)
         texts.append(ids[:cut])
         for i, part in enumerate((ids[:cut], ids[cut:])):
             validated = min(max(len(part) - 1, 0), int(np.ceil(validation * len(part))))

@@ -11,6 +11,7 @@ import torch
 
 from peraxis_format import DType, Safetensors, __version__
 from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.compress.calibration.parts import calibrating
 from peraxis_tools.compress.fit.moments.collector import Batch
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, Text
@@ -138,8 +139,7 @@ def text_of(
     """
     samples, distilled, length = options.text_samples, options.distill_samples, options.sequence_length
     if held is not None:
-        share = samples / (samples + distilled)
-        samples = sum(round(share * count) for count in held.counts)  # as calibration/parts.py splits them
+        samples = sum(calibrating(count, options.calibration_share) for count in held.counts)
         distilled, length = len(held.ids) - samples, held.ids.shape[1]
     return Text(
         samples=samples,

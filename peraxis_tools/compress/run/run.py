@@ -126,9 +126,16 @@ def compress(
         options = with_text(options, tuned_checkpoint)
         note_missing(base_checkpoint, tuned_checkpoint)
         return _compress_pair(
-            base_checkpoint, tuned_checkpoint, output, options, step, show_plan,
-            overwrite=overwrite, force=force, asked=asked,
-        )  # fmt: skip
+            base_checkpoint,
+            tuned_checkpoint,
+            output,
+            options,
+            step,
+            show_plan,
+            overwrite=overwrite,
+            force=force,
+            asked=asked,
+        )
 
 
 def _compress_pair(
