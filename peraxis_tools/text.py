@@ -42,6 +42,8 @@ __all__ = [
 
 _POOL: Final = 20  # documents to read for each sample, and at least 1000; the seed shuffles them
 _ENDS_WITHIN: Final = 3  # last tokens that may include the end-of-text token: templates add a line break after it
+_CHARACTERS: Final = 16  # of a long document that are read for each token that is used, four times those of most texts
+_SPARE: Final = 64  # tokens beyond those that are used
 _DECIMAL: Final = re.compile(r"\d+\.?\d*|\.\d+", re.ASCII)
 _WEIGHT_MOST: Final = 1e6
 
@@ -158,7 +160,7 @@ def load_samples(
             order = np.random.Generator(np.random.PCG64(seed)).permutation(len(documents))
             ids: list[int] = []
             for document in (documents[i] for i in order):
-                ids.extend(_tokens(document, tokenizer, render))
+                ids.extend(_tokens(document, tokenizer, render, most=count * length - len(ids)))
                 if len(ids) >= count * length:
                     break
             if len(ids) < 2:
@@ -199,23 +201,37 @@ def _shares(weights: Sequence[float], count: int) -> list[int]:
     return shares
 
 
-def _tokens(document: Document, tokenizer: Any, render: Render | None) -> Iterator[int]:
+def _tokens(document: Document, tokenizer: Any, render: Render | None, *, most: int) -> Iterator[int]:
     """A document's tokens, with the end-of-text token added if the tokenizer has one and the text lacks it.
 
-    render: formats a conversation by the chat template. A conversation that it refuses is read as plain text.
+    render: formats a conversation by the chat template. A conversation that it refuses is read as plain text. most: the
+    tokens that are used; of a long document more may be left out.
     """
     written = None
     if render is not None and isinstance(document, Conversation):
         written = render([{"role": role, "content": text} for role, text in document.turns])
     if written is not None:
-        ids = token_ids(tokenizer, written, special=False)
+        ids = _first_ids(tokenizer, written, most=most, special=False)
     else:
         text = document.text if isinstance(document, Conversation) else document
-        ids = token_ids(tokenizer, text)
+        ids = _first_ids(tokenizer, text, most=most, special=True)
     yield from ids
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and end not in ids[-_ENDS_WITHIN:]:
         yield end
+
+
+def _first_ids(tokenizer: Any, text: str, *, most: int, special: bool) -> list[int]:
+    """The ids of a text; of a long one the first `most` and some more.
+
+    A tokenizer takes 200 bytes for each character of a text.
+    """
+    head = text[: _CHARACTERS * (most + _SPARE)]
+    if len(head) < len(text):
+        ids = token_ids(tokenizer, head, special=special)
+        if len(ids) >= most + _SPARE:  # those near the cut may differ from those of the whole text
+            return ids
+    return token_ids(tokenizer, text, special=special)
 
 
 def unread_tokens(tokenizer: Any, ids: Ids) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peraxis_tools import text as text_module
 from peraxis_tools.compress.calibration.generate import starts_of
 from peraxis_tools.documents import Conversation, read_documents
 from peraxis_tools.errors import OptionError
@@ -231,3 +232,25 @@ def test_generated_samples_start_where_a_user_does(tokenizer: Any) -> None:
     assert user in starts
     assert any(start[-len(assistant) :] == assistant and len(start) > len(assistant) for start in starts)
     assert len({tuple(start) for start in starts}) == len(starts)
+
+
+@pytest.mark.parametrize("text", ["sun moon ", "sun" + " " * 40, "sun" + " " * 2000])
+def test_of_a_huge_document_only_the_tokens_that_are_used_are_computed(
+    text: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "huge.jsonl").write_text(json.dumps({"text": text * (400_000 // len(text))}))
+    lengths: list[int] = []
+    encode = text_module.token_ids
+
+    def measured(tokenizer: Any, text: str, **how: Any) -> list[int]:
+        lengths.append(len(text))
+        return encode(tokenizer, text, **how)
+
+    def ids() -> Any:
+        return load_samples(str(tmp_path / "huge.jsonl"), tokenizer, samples=4, length=32, seed=0).ids
+
+    monkeypatch.setattr(text_module, "token_ids", measured)
+    short = ids()
+    assert lengths[0] < 10_000
+    monkeypatch.setattr(text_module, "_CHARACTERS", 1 << 20)
+    assert np.array_equal(short, ids())
