@@ -71,8 +71,10 @@ def test_a_run_is_refused_before_its_work(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_counts_the_samples_that_its_text_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base, tuned = write_pair(tmp_path, llama_config())
     text = write_text(tmp_path / "two.jsonl", documents=1, words=9)
-    asked = {"sequence_length": 16, "generated_samples": 0}
-    options = [CompressOptions(calibration=str(text), calibration_samples=n, **asked) for n in (2, 1 << 24)]
+    options = [
+        CompressOptions(calibration=str(text), calibration_samples=n, sequence_length=16, generated_samples=0)
+        for n in (2, 1 << 24)
+    ]
     few, many = (estimate_run(base, tuned, options=each) for each in options)
     assert [stage.memory for stage in few.stages] == [stage.memory for stage in many.stages]
     caplog.clear()
