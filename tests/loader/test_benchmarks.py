@@ -96,7 +96,7 @@ def test_every_benchmark_runs_small_and_writes_json(script: str, options: list[s
 @pytest.mark.slow
 def test_the_checks_of_a_gpu_run_small_anywhere_and_go_on_where_they_stopped(tmp_path: Path) -> None:
     target = tmp_path / "gpu.json"
-    command = [sys.executable, str(FOLDER / "gpu.py"), "--small", "--json", str(target), "--steps"]
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--small", "--limit", "3600", "--json", str(target), "--steps"]
     for steps in (["updates"], ["updates", "load", "sanitizer"]):
         done = subprocess.run([*command, *steps], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
