@@ -100,7 +100,7 @@ class _Trial:
         rows = slice(None, None, max(1, len(matrix.base) // TRIAL_ROWS))
         self._some = matrix.rows(rows)
         self._plain = _plain(self._some)
-        self._share = len(matrix.base) / len(self._some.base)
+        self._all_rows = len(matrix.base) / len(self._some.base)  # for each row of the sample
         self._axis = matrix.axes[0] if len(matrix.axes) == 1 else None
         self._errors: dict[str, list[float]] = {}
         self._tokens: list[int] = []
@@ -153,7 +153,7 @@ class _Trial:
 
     def _error(self, terms: Sequence[ComponentFit], validation: Validation) -> float:
         found: float = validation.error(self._some.fine_tuned - _applied(self._some, terms))
-        return self._share * found
+        return self._all_rows * found
 
     def kind(self) -> str:
         """The chosen candidate."""
@@ -163,9 +163,9 @@ class _Trial:
             floor = errors[fits[-1]]
             taken = next((k for k in fits if _nowhere_worse(errors[k], floor)), fits[-1])
             least = [min(pair) for pair in zip(errors[_NONE], errors[_SAME], strict=True)]
-            if _share(errors[taken], least) < self._margin:
+            if _quotient(errors[taken], least) < self._margin:
                 return taken
-        return _SAME if self._all_tokens and _share(errors[_SAME], errors[_NONE]) <= self._margin else _NONE
+        return _SAME if self._all_tokens and _quotient(errors[_SAME], errors[_NONE]) <= self._margin else _NONE
 
     @property
     def _margin(self) -> float:
@@ -215,7 +215,7 @@ def _nowhere_worse(errors: Sequence[float], than: Sequence[float]) -> bool:
     return all(error <= other for error, other in zip(errors, than, strict=True))
 
 
-def _share(errors: Sequence[float], of: Sequence[float]) -> float:
+def _quotient(errors: Sequence[float], of: Sequence[float]) -> float:
     """The mean over directions of the quotient of two errors, so that each text has equal weight; 1 for 0 / 0."""
     shares = [error / other if other > 0 else 1.0 + error for error, other in zip(errors, of, strict=True)]
     return sum(shares) / len(shares)
