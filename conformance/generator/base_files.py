@@ -134,7 +134,7 @@ def covers() -> Iterator[tuple[str, bytes]]:
     yield "ends-within-a-tensor", beside(tensor("x", "U8", [5], END, END + 5), data=b"1234")
     yield "ends-within-unknown-dtype", beside(tensor("x", "F9_NEW", [5], END, END + 5), data=b"1234")
     yield "ends-before-empty", beside(tensor("x", "U8", [0], END + 1, END + 1))
-    there, back = tensor("x", "U8", [8], END, END + 8), tensor("y", "F9_NEW", [8], END + 8, END)
+    there, back = tensor("x", "U8", [1], END, END + 1), tensor("y", "F9_NEW", [1], END + 1, END)
     yield "offsets-reversed", beside(there, back)
     yield "offsets-reversed-of-4-bytes", beside(tensor("x", "U8", [4], END + 4, END), data=b"1234")
     yield "begin-below-0", beside(tensor("x", "F9_NEW", [4], -4, 0))

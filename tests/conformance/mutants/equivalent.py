@@ -170,6 +170,11 @@ IN_C: Final[Mapping[str, str]] = {
 }
 
 EQUIVALENT: Final[Mapping[str, str]] = IN_C | {
+    "need(len(self.file) >= 8": "a header has two bytes at least",
+    "base.py: 8 -> 7 in length": "no header has 2^56 bytes",
+    "10 ** 8, MALFORMED": "no case has a base with so large a header",
+    "need(not False or": "only a wrong loader asks for it",
+    "KEYS or not False": "only a wrong loader asks for it",
     "codes = ('E202',) * 4": "only the code changes, within the right phase",
     "codes[": "only the code changes, within the right phase",
     "'E112' if": "only the code changes, within the right phase",
