@@ -21,7 +21,7 @@ LIMIT = 2**26 - 8
 MANY = 2**18  # modules, and entries of each list
 VALUES = 2**22
 METADATA = 2**24
-ROOM: dict[str, Any] = {"seconds": 60, "mib": 2048}
+ROOM: dict[str, Any] = {"seconds": 240, "mib": 2048}
 
 
 def assembled(count: int, *, dimensions: int = 1, **lists: Any) -> bytes:

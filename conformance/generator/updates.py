@@ -324,7 +324,7 @@ def applied_updates() -> Iterator[Entry]:
     for slug, clause, content in updates():
         case = accepted(f"exact-{slug}", clause, content)
         large = any(len(module.new) > BLOCK for module in content.modules)
-        yield dataclasses.replace(case, seconds=60) if large else case
+        yield dataclasses.replace(case, seconds=240) if large else case
     old = spread("two", "BF16", 100)
     middle = changed("two", "BF16", old, 5)
     first = one(update("w", old, middle))
