@@ -10,10 +10,10 @@ import re
 from typing import Any, Final
 
 import peraxis_format as pxd
+from peraxis_tools.metadata_keys import CONFIG_KEY
 
 __all__ = ["calibration_text"]
 
-_CONFIG_KEY: Final = "peraxis.config"  # metadata key: the options of a run, as JSON
 _WEIGHTED: Final = re.compile(r"(.+):([^:]+)", re.DOTALL)
 
 
@@ -25,7 +25,7 @@ def calibration_text(manifest: pxd.Manifest) -> str:
     if manifest.calibration is None:
         return ""
     source = manifest.calibration.source
-    names, weights = _texts(manifest.metadata.get(_CONFIG_KEY, ""), source.split("; "))
+    names, weights = _texts(manifest.metadata.get(CONFIG_KEY, ""), source.split("; "))
     plain = "; ".join(names)
     if len(set(weights)) < 2 or not f"{source}; ".startswith(f"{plain}; "):
         return source

@@ -14,11 +14,11 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.kinds import group_of, layer_of
+from peraxis_tools.metadata_keys import REPORT_KEY
 from peraxis_tools.progress import ProgressOf, silent
 
 __all__ = ["Details", "ScaleLine", "details"]
 
-_REPORT_KEY: Final = "peraxis.report"  # compress/plan/record.py writes it
 _QUANTILES: Final = (0.05, 0.5, 0.95)
 
 
@@ -76,7 +76,7 @@ def _relative_errors(manifest: pxd.Manifest) -> dict[str, float]:
 def _noted(manifest: pxd.Manifest) -> dict[str, list[float]]:
     """[error, error of `--fit none`, error of the base's weight] by module, if they are finite numbers."""
     try:
-        said: Any = json.loads(manifest.metadata.get(_REPORT_KEY, "{}"))
+        said: Any = json.loads(manifest.metadata.get(REPORT_KEY, "{}"))
     except (ValueError, RecursionError):
         said = None
     lines = said.get("errors") if isinstance(said, dict) else None

@@ -14,11 +14,8 @@ _DTYPE: Final = "--compute-dtype"
 
 def out_of_memory(error: BaseException, options: Collection[str] = ()) -> str | None:
     """What failed and what to do; None for an error of another kind. options: those of the command, like `--masks`."""
-    if isinstance(error, MemoryError):
-        return "out of memory; use a machine with more memory, or smaller batches and samples"
-    if not isinstance(error, RuntimeError):
-        return None
-    if "DefaultCPUAllocator" in str(error):  # torch has no class for it
+    on_processor = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
+    if isinstance(error, MemoryError) or on_processor:
         return "out of memory; use a machine with more memory, or smaller batches and samples"
     # By name, because a verb without a model does not import torch.
     if "OutOfMemoryError" not in {kind.__name__ for kind in type(error).__mro__}:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from peraxis_format import open as open_delta
 from peraxis_tools.checkpoint import is_delta
 from peraxis_tools.compress.options import SAMPLES_MOST, OptionError, read_yaml
+from peraxis_tools.metadata_keys import CONFIG_KEY
 
 __all__ = ["read_options"]
-
-_CONFIG_KEY: Final = "peraxis.config"  # metadata key: the options of a run, as JSON
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def read_options(path: Path) -> dict[str, Any]:
     if not is_delta(path):
         return read_yaml(path)
     with open_delta(path) as delta:
-        said = delta.manifest.metadata.get(_CONFIG_KEY)
+        said = delta.manifest.metadata.get(CONFIG_KEY)
     try:
         values = None if said is None else json.loads(said)
     except (ValueError, RecursionError):

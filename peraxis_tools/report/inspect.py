@@ -13,6 +13,7 @@ from peraxis_tools.calibration_text import calibration_text
 from peraxis_tools.delta_parts import is_part, part_of
 from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
+from peraxis_tools.metadata_keys import DISTILLATION_KEY
 from peraxis_tools.report.console import size, text
 from peraxis_tools.shown import times_smaller
 
@@ -22,7 +23,6 @@ _WIDEST: Final = 120
 _PIPED: Final = 80  # columns if the output is not a terminal
 _GROUP_WIDTH: Final = 24
 _KINDS_SHOWN: Final = 3
-_DISTILLATION_KEY: Final = "peraxis.distillation"  # compress/run/types.py
 _DISTILLATION_WIDTH: Final = 100
 _STYLES: Final = {"sign": "green", "exact": "cyan", "full": "yellow", "same": "dim"}
 
@@ -68,7 +68,7 @@ def _summary(result: InspectResult, console: Console) -> None:
             f"calibration  {text(calibration_text(manifest))}, {calibration.samples} x "
             f"{calibration.sequence_length} tokens, seed {calibration.seed}"
         )
-    if distilled := manifest.metadata.get(_DISTILLATION_KEY):
+    if distilled := manifest.metadata.get(DISTILLATION_KEY):
         console.print(f"distilled    {text(distilled[:_DISTILLATION_WIDTH])}")
     console.print(f"written by   {text(manifest.producer.name)} {text(manifest.producer.version)}")
     for label, names in (("tied", [alias for _, alias in manifest.tied]), ("dropped", list(manifest.dropped))):

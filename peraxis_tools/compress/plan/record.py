@@ -14,10 +14,9 @@ from typing import Any, Final
 from peraxis_format import canonical_json
 from peraxis_tools.compress.plan.plan import Plan
 
-__all__ = ["PLAN_KEY", "REPORT_KEY", "Line", "plan_text", "report_text"]
+__all__ = ["PLAN_KEY", "Line", "plan_text", "report_text"]
 
 PLAN_KEY: Final = "peraxis.plan"
-REPORT_KEY: Final = "peraxis.report"
 _OTHERS: Final = "all others"
 
 # (error of the fit, of `none`, of `same` (None: unknown), a note ("": none))

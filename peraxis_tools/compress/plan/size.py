@@ -24,8 +24,9 @@ from peraxis_format import (
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
-from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, Line, plan_text, report_text
+from peraxis_tools.compress.plan.record import PLAN_KEY, Line, plan_text, report_text
 from peraxis_tools.errors import ToolError
+from peraxis_tools.metadata_keys import CONFIG_KEY, REPORT_KEY
 
 __all__ = ["predicted_size", "with_file_bytes"]
 
@@ -63,7 +64,7 @@ def _asset_bytes(plan: Plan) -> list[int]:
 def _manifest(plan: Plan, options: CompressOptions) -> Manifest:
     names = [module.name for module in plan.modules]
     fitted = {module.name: _LINE for module in plan.modules if module.components}
-    metadata = {"peraxis.config": options.canonical_json(), PLAN_KEY: plan_text(plan)}
+    metadata = {CONFIG_KEY: options.canonical_json(), PLAN_KEY: plan_text(plan)}
     if options.resolved_fit != "none":
         metadata[REPORT_KEY] = report_text(names, fitted)
     return Manifest(

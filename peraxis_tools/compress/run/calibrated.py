@@ -40,11 +40,12 @@ from peraxis_tools.compress.run.inputs import (
     text_of,
 )
 from peraxis_tools.compress.run.memory import check_memory, held_bytes, machine_memory
-from peraxis_tools.compress.run.types import DISTILLATION_KEY, OPEN_STEPS, FittedModule, RunFit
+from peraxis_tools.compress.run.types import OPEN_STEPS, FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.environment import resolve_dtype
 from peraxis_tools.errors import ToolError
 from peraxis_tools.heap import trim_heap
+from peraxis_tools.metadata_keys import DISTILLATION_KEY
 from peraxis_tools.parameter_names import NameMap, map_names
 from peraxis_tools.process import Terminated
 from peraxis_tools.products import fast_products
@@ -341,9 +342,8 @@ def _distilled(
 
 def _fit_options(options: CompressOptions, fit_samples: int) -> FitOptions:
     adamw = options.resolved_fit == "adamw"
-    auto = (Axis.ROW, Axis.COL) if adamw else AUTO_AXES
     return FitOptions(
-        axes=auto if options.axis == "auto" else (Axis(options.axis),),
+        axes=(Axis(options.axis),) if options.axis != "auto" else (Axis.ROW, Axis.COL) if adamw else AUTO_AXES,
         refine=options.resolved_fit == "refined",
         adamw_steps=ADAMW_EPOCHS * fit_samples if adamw else 0,
         rounds=options.refine_rounds,

@@ -35,12 +35,13 @@ from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.plan.price import prices
-from peraxis_tools.compress.plan.record import PLAN_KEY, REPORT_KEY, plan_text, report_text
+from peraxis_tools.compress.plan.record import PLAN_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.module_delta import module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
-from peraxis_tools.compress.run.types import DISTILLATION_KEY, OPEN_STEPS, Fitting, ModuleReport, RunFit
+from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
+from peraxis_tools.metadata_keys import CONFIG_KEY, DISTILLATION_KEY, REPORT_KEY
 from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.notes import note
 from peraxis_tools.optional import require
@@ -267,7 +268,7 @@ def _write(
             writer.add_asset(path, assets.read(path))
         if assets.left:
             writer.metadata[LEFT_BEHIND] = "".join(f"{printable_name(path)}\n" for path in assets.left)
-        writer.metadata["peraxis.config"] = options.canonical_json()
+        writer.metadata[CONFIG_KEY] = options.canonical_json()
         writer.metadata[PLAN_KEY] = plan_text(planned)
         names = [module.name for module in planned.modules]
         lines = {n: (r.error, r.error_none, r.error_same, r.note) for n, r in reports.items()}

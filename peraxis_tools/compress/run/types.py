@@ -9,9 +9,8 @@ from typing import Final, Protocol
 from peraxis_format import Array, Calibration, Component
 from peraxis_tools.compress.plan.plan import Plan
 
-__all__ = ["DISTILLATION_KEY", "OPEN_STEPS", "FittedModule", "Fitting", "ModuleReport", "RunFit"]
+__all__ = ["OPEN_STEPS", "FittedModule", "Fitting", "ModuleReport", "RunFit"]
 
-DISTILLATION_KEY: Final = "peraxis.distillation"  # metadata: samples, steps, and the held-out loss before and after
 OPEN_STEPS: Final = 2  # steps of the stage `open` of a fit on text: the text is read, the models are mapped
 
 
