@@ -73,10 +73,10 @@ def disagreements(asked: Loaders, inputs: Iterator[bytes], path: Path) -> Iterat
             yield data, said
 
 
-def mutated(seed: int, runs: int, until: float, counter: list[int]) -> Iterator[bytes]:
-    """Yield mutated files. counter[0] counts them."""
+def mutated(seed: int, runs: int, until: float, counter: list[int], *, least: int = 0) -> Iterator[bytes]:
+    """Yield mutated files. counter[0] counts them. least: as many are made even after `until`."""
     source, seeds = random.Random(seed), seed_files()
-    while counter[0] < runs and time.monotonic() < until:
+    while counter[0] < runs and (counter[0] < least or time.monotonic() < until):
         counter[0] += 1
         yield mutate(lambda n: int(source.random() * n), seeds)
 

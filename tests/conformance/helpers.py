@@ -77,7 +77,7 @@ def _build(folder: Path) -> Path:
         pytest.skip("no C compiler on this machine")
     built = folder / "pxd"
     source = str(KIT / "loaders" / "c" / "pxd.c")
-    subprocess.run([compiler, *C_FLAGS, *SANITIZED, "-o", str(built), source], check=True, timeout=120)
+    subprocess.run([compiler, *C_FLAGS, *SANITIZED, "-o", str(built), source], check=True, timeout=600)
     return built
 
 

@@ -43,7 +43,7 @@ def test_a_bounded_run_guided_by_coverage_finds_nothing(tmp_path: Path) -> None:
         "--crashes",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3,000 inputs" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -36,9 +36,9 @@ def test_a_server_follows_a_grpo_run_of_trl(workspace: Path, tmp_path: Path) -> 
     base, chain = workspace / "base", tmp_path / "chain"
     server, trainer = start("serve", base, chain), start("train", base, chain)
     try:
-        said, _ = trainer.communicate(timeout=300)
+        said, _ = trainer.communicate(timeout=1800)
         assert trainer.returncode == 0, said[-2000:]
-        said, _ = server.communicate(timeout=60)
+        said, _ = server.communicate(timeout=600)
         assert server.returncode == 0, said[-2000:]
     finally:
         trainer.kill()

@@ -37,7 +37,7 @@ def slow(released: threading.Event) -> Iterator[str]:
 
     class Slow(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            released.wait(30)
+            released.wait(300)
             self.send_response(200)
             self.send_header("Content-Length", "5")
             self.end_headers()
@@ -115,7 +115,7 @@ def test_while_a_url_arrives_the_server_swaps(slow: str, released: threading.Eve
         control = Control(Engine(), Permitted(root=None, any_name=True))
         adding = [asyncio.create_task(control.add({"name": f"v{i}", "delta": slow})) for i in range(40)]
         await asyncio.sleep(0.2)
-        answer = await asyncio.wait_for(control.use({"variant": None}), 5)
+        answer = await asyncio.wait_for(control.use({"variant": None}), 60)
         assert answer["weight_version"] == "base"
         assert not any(task.done() for task in adding)
         released.set()

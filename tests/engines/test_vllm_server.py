@@ -182,7 +182,7 @@ def test_without_the_key_nothing_is_swapped_or_opened(swapping: Server) -> None:
     assert swapping.get("/v1/peraxis") == before
 
 
-def until(condition: Callable[[], bool], *, seconds: float = 30.0) -> bool:
+def until(condition: Callable[[], bool], *, seconds: float = 300.0) -> bool:
     end = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < end:
         time.sleep(0.1)

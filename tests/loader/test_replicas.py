@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 import peraxis_format as pf
 from peraxis_format.torch import Shard, ShardView, apply_, chunk
@@ -15,6 +14,7 @@ from peraxis_format.torch.place.replicas import OddReplica, odd_replica
 from peraxis_format.torch.updates import UpdateWriter, apply_update, follow
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded import start
+from tests.processes import run_ranks
 
 # Ranks 1 and 2 have the same half of `w`.
 HALF = {0: 0, 1: 1, 2: 1}
@@ -64,8 +64,7 @@ def test_a_copy_that_differs_on_one_rank_is_refused_by_all(tmp_path: Path) -> No
     writer.step()
     live.update(state(1))
     writer.step()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(job, args=(3, str(tmp_path)), nprocs=3, join=True)
+    run_ranks(job, 3, tmp_path)
 
 
 def test_only_copies_are_hashed_and_the_first_one_that_differs_is_named() -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 import peraxis_format as pf
 from peraxis_format.torch import LiveModelError, Shard, SwapError, VariantSwitch, apply_, chunk, place
 from peraxis_format.torch.serve.api import serve
 from peraxis_format.torch.swap.transfer_plan import cut_transfers
 from tests.loader.support import bytes_of, expected_bytes, write_delta
+from tests.processes import run_ranks
 
 # A column-parallel weight, a row-parallel one (its slices begin inside a byte), experts, and a norm on all ranks.
 SHAPES = {"up.weight": (44, 72), "down.weight": (24, 86), "experts.weight": (4, 10, 24), "norm.weight": (24,)}
@@ -47,7 +47,7 @@ def start(rank: int, world: int, folder: str) -> Path:
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=600),
     )  # fmt: skip
     return Path(folder)
 
@@ -198,8 +198,7 @@ def test_ranks_become_the_fine_tune_together(world: int, job: Any, tmp_path: Pat
     base = base_tensors()
     write_delta(tmp_path / "d.pxd", base, components=2)
     write_delta(tmp_path / "e.pxd", base, seed=5)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(job, args=(world, str(tmp_path)), nprocs=world, join=True)
+    run_ranks(job, world, tmp_path)
 
 
 def test_without_the_other_ranks_a_piece_cannot_be_checked(tmp_path: Path) -> None:

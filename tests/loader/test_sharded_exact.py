@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 import peraxis_format as pf
 from peraxis_format.ops.exact import BLOCK
@@ -17,6 +16,7 @@ from peraxis_format.torch.place import pieces
 from tests.loader.support import bytes_of
 from tests.loader.test_exact_variants import write_mixed
 from tests.loader.test_sharded import DIMS, cut, start, wanted_slices
+from tests.processes import run_ranks
 
 # More than one block, cut within a row and within a block; one row, which one rank has alone; a vector on all ranks.
 SHAPES = {"up.weight": (350, 300), "down.weight": (24, 86), "experts.weight": (4, 10, 24), "norm.weight": (60,)}
@@ -129,5 +129,4 @@ def test_ranks_decode_exact_tensors_together(world: int, body: Any, tmp_path: Pa
     write_mixed(tmp_path / "d.pxd", base, 0, EXACT)
     write_mixed(tmp_path / "e.pxd", base, 20, ("down.weight", "experts.weight", "gate.weight"))
     write_mixed(tmp_path / "wrong.pxd", base, 0, EXACT, wrong="up.weight")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(job, args=(world, str(tmp_path), body), nprocs=world, join=True)
+    run_ranks(job, world, tmp_path, body)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 import peraxis_format as pxd
 from peraxis_format.ops.exact import BLOCK
@@ -19,6 +18,7 @@ from peraxis_format.torch.place import pieces
 from peraxis_format.torch.place.pieces import boxed_indices, flat_indices
 from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, apply_update, follow, staged
 from tests.loader.support import bytes_of
+from tests.processes import run_ranks
 
 # Rows that match no shard and no block, columns, experts, one row, a vector, a scalar, and a tied pair.
 SHAPES = {"up": (350, 300), "down": (90, 700), "experts": (5, 30, 8), "gate": (1, 40), "norm": (24,), "scale": ()}
@@ -68,7 +68,7 @@ def start(rank: int, world: int, folder: str) -> tuple[Path, Any]:
     pieces._STRETCH = BLOCK  # type: ignore[misc]  # several stretches a tensor
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=600),
     )  # fmt: skip
     return Path(folder), init_device_mesh("cpu", (world,))
 
@@ -189,9 +189,8 @@ def failing(rank: int, world: int, folder: str) -> None:
 
 
 def run(job: Any, folder: Path, world: int = 2) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     (folder / "rendezvous").unlink(missing_ok=True)
-    multiprocessing.spawn(job, args=(world, str(folder)), nprocs=world, join=True)
+    run_ranks(job, world, folder)
 
 
 def publish_alone(folder: Path) -> None:

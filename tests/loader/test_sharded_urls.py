@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch import LiveModelError
 from peraxis_format.torch.updates import ShardedUpdateWriter, UpdateWriter, follow, mirror, shared_mirror
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded_updates import Pieces, publish_alone, start, state
+from tests.processes import run_ranks
 
 fsspec = pytest.importorskip("fsspec")
 NAMES = ["anchor-00000000.pxd", *(f"step-{step:08d}.pxd" for step in range(1, 5))]
@@ -169,5 +168,4 @@ def test_ranks_use_a_url_together(job: Any, world: int, tmp_path: Path) -> None:
     if job is from_http:
         pytest.importorskip("aiohttp")
     publish_alone(tmp_path / "later")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(job, args=(world, str(tmp_path)), nprocs=world, join=True)
+    run_ranks(job, world, tmp_path)

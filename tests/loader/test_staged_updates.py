@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 import peraxis_format as pf
 from peraxis_format.errors import PxdError
@@ -19,6 +18,7 @@ from peraxis_format.torch.updates import staged as module
 from peraxis_format.torch.updates.staged import StagedUpdate, stage
 from tests.loader.support import bytes_of
 from tests.loader.test_sharded import DIMS, base_tensors, cut, start
+from tests.processes import run_ranks
 
 STEP, ANCHOR = "step-00000001.pxd", "anchor-00000000.pxd"
 
@@ -241,5 +241,4 @@ def aliases_and_files_differ(rank: int, world: int, folder: str) -> None:
 )
 def test_ranks_stage_an_update_together(job: Any, tmp_path: Path) -> None:
     publish(tmp_path)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    multiprocessing.spawn(job, args=(2, str(tmp_path)), nprocs=2, join=True)
+    run_ranks(job, 2, tmp_path)

@@ -301,13 +301,13 @@ def test_a_variant_is_registered_while_a_forward_runs(tmp_path: Path) -> None:
 
     def wait(*_: Any) -> None:
         inside.set()
-        assert registered.wait(30)
+        assert registered.wait(300)
 
     with VariantSwitch(model) as live:
         handle = model.norm.register_forward_hook(wait)
         thread = threading.Thread(target=model, args=(torch.tensor([[1]]),))
         thread.start()
-        assert inside.wait(30)
+        assert inside.wait(300)
         live.add("v", path)
         registered.set()
         thread.join()

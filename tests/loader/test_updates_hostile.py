@@ -44,7 +44,7 @@ def test_two_threads_that_follow_one_model_both_reach_the_end(tmp_path: Path) ->
     for step in range(1, 8):
         train(model, step)
         writer.step()
-    assert [follower.wait(7, seconds=30.0) for follower in followers] == [True, True]
+    assert [follower.wait(7, seconds=300.0) for follower in followers] == [True, True]
     for follower in followers:
         follower.close()
     assert published(live) == published(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +66,32 @@ def copies(monkeypatch: pytest.MonkeyPatch, failing: dict[int, type[BaseExceptio
         yield calls
 
 
+class Batch(AbstractContextManager[None]):
+    """The lock of a batch that runs until `ended` is set. waiting: somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.waiting, self.ended = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        self.waiting.set()
+        assert self.ended.wait(60)
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 def test_two_followers_of_one_model_apply_an_update_once(tmp_path: Path) -> None:
     live, model = publish(tmp_path)
-    lock, found = threading.Lock(), []
+    lock, found = Batch(), []
 
     def poll() -> None:
         found.append(follow(live, tmp_path, lock=lock).poll())
 
-    threads = [threading.Thread(target=poll) for _ in range(2)]
-    with lock:  # a batch runs, so a follower that has checked the update waits
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(0.4)
-    for thread in threads:
-        thread.join()
+    first = threading.Thread(target=poll)
+    first.start()
+    assert lock.waiting.wait(60)  # it has checked the update, and waits for the batch
+    poll()  # is refused at once, and does not wait
+    lock.ended.set()
+    first.join()
     polls: list[Poll] = found
     assert same(live, model)
     assert sorted(len(poll.applied) for poll in polls) == [0, 1]
@@ -248,7 +259,7 @@ def test_a_failed_poll_without_a_message_is_logged_with_its_type(
 
     monkeypatch.setattr(Follower, "poll", poll)
     with follow(live, tmp_path).start(every=0.001):
-        assert polled.wait(30)
+        assert polled.wait(300)
     assert caplog.messages[0].endswith("cannot be followed: MemoryError; trying again")
 
 

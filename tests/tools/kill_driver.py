@@ -5,11 +5,13 @@
 The kill does not depend on a clock: an audit hook of the interpreter counts the calls to the file system, and the n-th
 call kills the process. KILLS is the number of kills for each verb and each earlier state of its output; 0 kills at
 every call. Half of the kills are among the last quarter of the calls, which give outputs their names. Runs are forks
-of this process, which has imported everything. The command prints JSON: the number of kills and the faults after them.
+of this process, which has imported what the first run imported, so no kill falls into an import. The command prints
+JSON: the number of kills and the faults after them.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,11 @@ def fsync_counted() -> None:
     os.fsync = lambda descriptor: count("os.fsync", descriptor)
 
 
-def run(line: str, *, kill_at: int = 0) -> tuple[int, int]:
-    """Run the command in a fork. Returns its exit status (-9 if killed) and steps. kill_at: 0 does not kill."""
+def run(line: str, *, kill_at: int = 0, import_after: bool = False) -> tuple[int, int]:
+    """Run the command in a fork. Returns its exit status (-9 if killed) and steps. kill_at: 0 does not kill.
+
+    import_after: import here what the fork imported.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -56,12 +61,17 @@ def run(line: str, *, kill_at: int = 0) -> tuple[int, int]:
         except SystemExit as done:
             code = int(done.code or 0)
         finally:
-            os.write(writer, str(_counting["done"]).encode())
+            with os.fdopen(writer, "w") as tell:
+                tell.write(" ".join([str(_counting["done"]), *(sys.modules if import_after else ())]))
             os._exit(code)
     os.close(writer)
-    with os.fdopen(reader, "rb") as told:
-        steps = told.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(steps or 0)
+    with os.fdopen(reader) as told:
+        steps, *modules = told.read().split() or ["0"]
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for module in modules:
+        with suppress(ImportError):  # some modules are made by others and have no file
+            importlib.import_module(module)
+    return status, int(steps)
 
 
 def chosen_steps(total: int, kills: int) -> list[int]:
@@ -141,7 +151,7 @@ def report(folder: Path, verb: str, number: int) -> dict[str, dict[str, Any]]:
     """Report kills of one verb without an earlier output and with an earlier output that it replaces."""
     pattern, name = FILE_VERBS[verb] if verb in FILE_VERBS else (FOLDER_VERBS[verb], "out")
     line, output = pattern.format(out=name), folder / name
-    assert run(line)[0] == 0, verb
+    assert run(line, import_after=True)[0] == 0, verb
     earlier = folder.with_name(f"{folder.name}-{verb}-earlier")
     os.rename(output, earlier)
     spoil(earlier)
@@ -156,31 +166,14 @@ def report(folder: Path, verb: str, number: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def warm(verbs: list[str]) -> None:
-    """Import the modules that the verbs import when they run."""
-    import importlib
-
-    modules = ["apply", "compress", "convert", "inspect", "merge", "publish", "sign", "split", "verify"]
-    for module in modules:
-        importlib.import_module(f"peraxis_tools.commands.{module}")
-    import model_signing  # noqa: F401
-    import numba  # noqa: F401
-
-    import peraxis_tools.report.html  # noqa: F401
-
-    if "lora" in verbs:
-        import safetensors.torch  # noqa: F401
-    if "plot" in verbs:
-        import matplotlib.figure  # noqa: F401
-
-
 if __name__ == "__main__":
     target, number, chosen = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     make_inputs(target)
     os.chdir(target)
     tempfile.tempdir = str(target.with_name(f"{target.name}-temporary"))
     os.mkdir(tempfile.tempdir)
-    warm(chosen)
+    # torch makes a folder among the temporary ones when it is imported, unless it is told another place
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(target.with_name(f"{target.name}-inductor"))
     fsync_counted()
     sys.addaudithook(count)
     results = {verb: report(target, verb, number) for verb in chosen}

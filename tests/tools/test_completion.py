@@ -29,14 +29,14 @@ def _program(folder: Path) -> Path:
 
 
 def _typed_in_bash(typed: str, wanted: str, folder: Path) -> str:
-    """Type a text in an interactive bash, and return its output up to the wanted text, or that of 20 seconds."""
+    """Type a text in an interactive bash, and return its output up to the wanted text, or that of 200 seconds."""
     environment = {"PATH": f"{folder}:{os.environ['PATH']}", "TERM": "dumb", "PS1": "$ ", "HOME": str(folder)}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(folder)
         os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], environment)
-    shown, end = "", time.monotonic() + 20
+    shown, end = "", time.monotonic() + 200
     try:
         os.write(terminal, b"source <(peraxis-tools completion bash); echo rea''dy\n")
         while wanted not in shown and time.monotonic() < end:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from peraxis_tools.compress import compress
+from tests.processes import fork
 from tests.tools.compress_pairs import FEW, llama_pair
 
 LONG = {"distill_samples": 6, "distill_epochs": 3, **FEW, "generated_samples": 4}
@@ -23,33 +24,34 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return llama_pair(tmp_path_factory.mktemp("pair"))
 
 
+def compress_and_tell(base: Path, tuned: Path, output: Path, part: str | None, options: dict[str, Any]) -> None:
+    """Compress, and kill this process as soon as a part of this name is in the work folder."""
+    work = output.with_name(output.name + ".peraxis-work")
+
+    def look(*_: object) -> None:
+        if part is not None and (work / part).exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    compress(base, tuned, output, progress=look, **options)
+
+
 class Killable:
-    """A compression in its own process, which is killed `moment` seconds after its imports if it still runs."""
+    """A compression in its own process, which can be killed."""
 
     def __init__(self, base: Path, tuned: Path, output: Path, options: dict[str, Any]) -> None:
         self.output, self.work = output, output.with_name(output.name + ".peraxis-work")
-        self._ready = output.with_name("ready")
-        self._code = (
-            "import sys, pathlib, datasets, transformers, peraxis_tools.compress.run.calibrated\n"
-            "import peraxis_tools.ops.sign_search.numba\n"
-            f"pathlib.Path({str(self._ready)!r}).touch()\n"
-            f"peraxis_tools.compress({str(base)!r}, {str(tuned)!r}, {str(output)!r}, **{options!r})\n"
-        )
+        self._inputs, self._options = (base, tuned, output), options
 
-    def run(self, *, moment: float = 300.0, part: str | None = None) -> float:
-        """Run it and return the seconds after the imports. part: kill it as soon as this is in the work folder."""
-        self._ready.unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", self._code], stderr=subprocess.PIPE)
-        while not self._ready.exists() and process.poll() is None:
-            time.sleep(0.002)
+    def run(self, *, moment: float | None = None, part: str | None = None) -> float:
+        """Run it, and return its seconds. It is killed `moment` seconds after its start, or after it wrote `part`."""
         begin = time.perf_counter()
-        while process.poll() is None and time.perf_counter() - begin < moment:
-            if part is not None and (self.work / part).exists():
-                break
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), said.decode()[-2000:]
+        process = fork(compress_and_tell, *self._inputs, part, self._options)
+        process.join(moment)
+        if moment is not None:
+            process.kill()
+            process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         return time.perf_counter() - begin
 
 
@@ -60,6 +62,8 @@ def test_a_run_killed_at_five_random_moments_ends_in_the_same_bytes(
 ) -> None:
     base, tuned, text = pair
     run = Killable(base, tuned, tmp_path / "cut.pxd", {"calibration": str(text), **LONG})
+    run.run()  # the first process waits for imports
+    run.output.unlink()
     undisturbed = run.run()
     whole = run.output.read_bytes()
     draw = random.Random(seed)
@@ -74,7 +78,7 @@ def test_a_run_killed_at_five_random_moments_ends_in_the_same_bytes(
             kills += 1
     run.run()
     assert run.output.read_bytes() == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pxd", "ready"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.pxd"]
 
 
 @pytest.mark.slow

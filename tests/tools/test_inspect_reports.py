@@ -139,7 +139,7 @@ def browser(page_file: Path, folder: Path, *, dark: bool, width: int, script_che
         *(["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]),
     ]
     action = "--dump-dom" if script_check else f"--screenshot={folder / 'shot.png'}"
-    done = subprocess.run([CHROMIUM, *flags, action, page_file.as_uri()], capture_output=True, timeout=120, check=True)
+    done = subprocess.run([CHROMIUM, *flags, action, page_file.as_uri()], capture_output=True, timeout=600, check=True)
     return done.stdout.decode()
 
 
