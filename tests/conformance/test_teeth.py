@@ -32,8 +32,9 @@ def corpus() -> Iterator[Corpus]:
 
 
 def until_it_fails(adapter: Adapter, corpus: Corpus, clause: str) -> Summary:
-    """Run the cases of the clause that the switch breaks first, and stop at the first failure."""
-    ordered = sorted(corpus.select(skip=SLOW), key=lambda case: case.clause != clause)
+    """Run first the cases of the clause that the switch breaks, then those that apply. Stop at the first failure."""
+    cases = corpus.select(skip=SLOW)
+    ordered = sorted(cases, key=lambda case: (case.clause != clause, not case.id.startswith("apply/")))
     return run_cases(adapter, corpus, ordered, stop_at_first=True)
 
 
