@@ -46,6 +46,7 @@ from peraxis_tools.compress.fit.fit import (
 )
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
 from peraxis_tools.compress.fit.rows import fit_used_rows, has_unused_rows
+from peraxis_tools.compress.fit.scalars import fit_scalars
 from peraxis_tools.compress.fit.scales import ComponentFit, round_scales_f16
 
 __all__ = ["TRIAL_ROWS", "fit_matrices"]
@@ -190,10 +191,13 @@ class _Trial:
     def _on_all(self, hessian: Hessian, axis: Axis, *, refined: bool) -> tuple[ComponentFit, ...]:
         matrix, options = self._matrix, self._options if refined else FitOptions(refine=False)
         share = sum(self._shares) / len(self._shares)
-        if refined and has_unused_rows(matrix, axis):
+        if axis is Axis.TENSOR and not refined:
+            return fit_scalars(matrix, hessian, share=share, rounds=options.rounds)
+        if has_unused_rows(matrix, axis):
             return fit_used_rows(matrix, axis, hessian, options, share=share)
         whole = matrix.rows()
-        target = whole.delta + share * hessian.correction(whole.fine_tuned)
+        target = whole.delta.add_(hessian.correction(whole.fine_tuned), alpha=share)
+        del whole
         return self._terms(quadratic(target, hessian), axis, options)
 
     def _why_none(self) -> str:

@@ -34,6 +34,7 @@ from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.price import MEASURED_MASKS, extended
 from peraxis_tools.compress.plan.unchanged import is_unchanged
+from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["fisher_errors", "fitted_errors", "inner_products"]
@@ -69,6 +70,7 @@ def fisher_errors(
 
         with _gradients_used(teacher, held, add):
             _backward(teacher, ids[None], generator)
+        trim_heap()
     progress("sensitivity", len(samples), len(samples))
     scale = 0.5 / samples.shape[1]
     return {name: extended([scale * error for error in fitted_errors(its)]) for name, its in products.items()}
