@@ -50,6 +50,10 @@ def _manager(tasks: Sequence[str], path: Path | None) -> Any:
     require("--tasks", "lm_eval")
     from lm_eval.tasks import TaskManager
 
+    if path is not None:
+        own = TaskManager(include_path=str(path), include_defaults=False)
+        if set(tasks) <= set(own.all_tasks):
+            return own  # reading the thousands of definitions of lm-eval takes much longer
     manager = TaskManager(include_path=None if path is None else str(path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
