@@ -78,10 +78,11 @@ class Safetensors:
     def __init__(self, found: CheckpointFiles, *, label: str) -> None:
         self.label = label
         self.files = found.files
-        self.ignored = found.ignored
         self._descriptors: dict[Path, int] = {}
         self._stamps: dict[Path, _Stamp] = {}
-        tensors = dict(sorted(_tensors_of(found, label, self._stamps).items()))
+        placed, twice = _tensors_of(found, label, self._stamps)
+        tensors = dict(sorted(placed.items()))
+        self.ignored = found.ignored if twice is None else (*found.ignored, twice)
         self._tensors = {name: info for name, info in tensors.items() if isinstance(info, TensorInfo)}
         self._foreign = {name: info for name, info in tensors.items() if isinstance(info, _Foreign)}
 
@@ -89,8 +90,8 @@ class Safetensors:
     def open(cls, path: str | os.PathLike[str]) -> Safetensors:
         """Open a folder, an index, or one file.
 
-        A folder's files are found in transformers' order (checkpoint_files.py); `ignored` has a sentence for each
-        weight file that is not read. Raises CheckpointError if there is no checkpoint, or a malformed one.
+        A folder's files are found in transformers' order (checkpoint_files.py); `ignored` has a sentence for
+        weights that are not read. Raises CheckpointError if there is no checkpoint, or a malformed one.
         """
         path = Path(path)
         return cls(find_files(path), label=str(path))
@@ -230,23 +231,29 @@ def _changed(file: Path) -> CheckpointError:
     )
 
 
-def _tensors_of(found: CheckpointFiles, label: str, stamps: dict[Path, _Stamp]) -> dict[str, TensorInfo | _Foreign]:
-    """Every tensor, from the file that the index names; without an index each tensor must be in one file.
+def _tensors_of(
+    found: CheckpointFiles, label: str, stamps: dict[Path, _Stamp]
+) -> tuple[dict[str, TensorInfo | _Foreign], str | None]:
+    """Every tensor, from the file that the index names, or else from the one file that has it.
 
-    stamps: gets that of each file.
+    Also a sentence on tensors that another file has too: transformers takes the last one that it reads. stamps: gets
+    that of each file.
     """
     tensors: dict[str, TensorInfo | _Foreign] = {}
+    twice: list[str] = []
     for file in found.files:
         infos, stamps[file] = _read_infos(file)
         for info in infos:
             before = tensors.get(info.name)
             owner = found.owners.get(info.name)
+            if before is not None:
+                twice.append(f"{info.name} is in {before.file.name} and {file.name}")
             if before is None or owner == file.name:
                 tensors[info.name] = info
             elif owner != before.file.name:
                 raise CheckpointError(
-                    f"{file}: tensor {info.name!r} is in {before.file.name} too, and there is no index; "
-                    "pass a folder with one copy of each tensor"
+                    f"{file}: tensor {info.name!r} is in {before.file.name} too, and no index says which of them "
+                    "holds; pass a folder with one copy of each tensor"
                 )
     lost = next((name for name in found.owners if name not in tensors), None)
     if lost is not None:
@@ -254,7 +261,10 @@ def _tensors_of(found: CheckpointFiles, label: str, stamps: dict[Path, _Stamp]) 
             f"{label}: the index places tensor {lost!r} in {found.owners[lost]}, which does not have it; "
             "fetch the checkpoint again"
         )
-    return tensors
+    if not twice:
+        return tensors, None
+    others = f", and {len(twice) - 1} more are in two files" if len(twice) > 1 else ""
+    return tensors, f"{label}: {twice[0]}{others}; the index decides, but transformers may take the other"
 
 
 def _read_infos(file: Path) -> tuple[list[TensorInfo | _Foreign], _Stamp]:

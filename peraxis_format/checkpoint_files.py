@@ -87,7 +87,8 @@ def _of_folder(folder: Path) -> CheckpointFiles:
     strange = next((path for path in files if not path.is_file()), None)  # reading a pipe would wait for a writer
     if strange is not None:
         raise CheckpointError(f"{strange}: is not a file, or a link to none; fetch the checkpoint again")
-    return _with_ignored(folder, CheckpointFiles(files=tuple(files)), "it is a LoRA adapter")
+    found = CheckpointFiles(files=tuple(files))
+    return _with_ignored(folder, found, f"only adapters, and no index is named {INDEX_NAME}")
 
 
 def _explicit(folder: Path) -> str | None:

@@ -1,7 +1,8 @@
 """Spend one byte budget over all modules: each byte goes to the module where it lowers the error most.
 
 The error of each module with 0 (the base's weight), 1 to 8 masks comes from the fit that will run: from the error that
-`--fit none` leaves (price.py), or, with a text, from backward passes (sensitivity.py).
+`--fit none` leaves (price.py), or, with a text, from backward passes (sensitivity.py). Without a mask it is 0 only if
+the module equals the base's.
 
 If the budget allows it, every changed module gets one mask before any gets a second one, because the estimate of the
 error without a mask is not reliable. Then only the points on the lower convex hull of a module's (bytes, error) can be

@@ -58,7 +58,7 @@ def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_lab
     at = [int(i) for i in np.unravel_index(int(bad.argmax()), array.shape)]
     raise ToolError(
         f"{name}: {module.name} holds {_kind(array[tuple(at)], dtype)} at {at} ({int(bad.sum())} of {array.size} "
-        "values are not finite, or above 2^40); repair or fetch the checkpoint again, or store the tensor bit for bit "
+        "values are not finite, or above 2^40); repair or fetch the checkpoint again, or keep its bits with exact "
         f"(--exact {re.escape(module.name)!r})"
     )
 

@@ -36,6 +36,7 @@ _TABLE: Final = 4.0
 PRICED_ROWS: Final = 512
 _PARTS: Final = 8
 MEASURED_MASKS: Final = 3
+_COMPARED: Final = 1 << 22  # weights at a time
 
 
 def prices(modules: Sequence[PlannedModule], base: Safetensors, fine_tuned: Safetensors) -> dict[str, list[float]]:
@@ -50,16 +51,20 @@ def prices(modules: Sequence[PlannedModule], base: Safetensors, fine_tuned: Safe
 
 
 def shares_left(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors) -> list[float]:
-    """E(R_k) / E(D) for 0 to MASKS_MAX masks; zeros for a module that equals the base's."""
+    """E(R_k) / E(D) for 0 to MASKS_MAX masks: 1 for none, or zeros for a module that equals the base's."""
     if module.base_shape is None or module.base_dtype is None:
         raise ValueError(f"{module.name} has no base")
     left, right = (_sampled(tensors, module) for tensors in (base, fine_tuned))
     if _unchanged(module, left, right):
         rows = slice(0, kept_rows(module.shape, module.base_shape))
-        if _unchanged(module, base.read(module.name, rows), fine_tuned.read(module.name, rows)):
+        left, right = base.read(module.name, rows), fine_tuned.read(module.name, rows)
+        if _unchanged(module, left, right):
             return [0.0] * (MASKS_MAX + 1)
+        left, right = _changed_rows(module, left, right)
     errors = measured_errors(module, left, right)
-    nothing = errors[0] or 1.0  # no change in the rows that were measured
+    if not errors[0] > 0.0:  # the change is too small for E
+        return [1.0] * (MASKS_MAX + 1)
+    nothing = errors[0]
     # Three digits, so that the plan does not depend on a library's last bits.
     return [float(f"{error / nothing:.3g}") for error in extended(errors)]
 
@@ -109,6 +114,21 @@ def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
     matrices = whole.reshape(-1, *whole.shape[-2:])
     step = -(-matrices.shape[1] // PRICED_ROWS)
     return np.ascontiguousarray(matrices[:_PARTS, ::step])
+
+
+def _changed_rows(module: PlannedModule, left: Array, right: Array) -> tuple[Array, Array]:
+    """[1, rows, d_in] of both: at most PRICED_ROWS rows of a changed module that are not the base's."""
+    dtype, base_dtype = module.dtype, module.base_dtype or module.dtype
+    width = left.shape[-1]
+    left, right = left.reshape(-1, width), right.reshape(-1, width)
+    step = max(1, _COMPARED // max(1, width))
+    found: list[int] = []
+    for begin in range(0, len(left), step):
+        some = slice(begin, begin + step)
+        differs = to_float32(left[some], base_dtype) != to_float32(right[some], dtype)
+        found += (begin + np.flatnonzero(differs.any(axis=1))).tolist()
+    chosen = found[:: -(-len(found) // PRICED_ROWS) or 1] or [0]
+    return left[chosen][None], right[chosen][None]
 
 
 def _errors(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> list[float]:

@@ -9,7 +9,8 @@ One backward pass for each sample through the fine-tuned model gives this for al
 embeddings and lm_head included. The fit itself comes later, so Delta_k = D - f_k (Q_1 + .. + Q_k) with the signs and
 mean magnitudes Q_j of the delta and the f_k of least cost: mean magnitudes alone leave up to five times of what a fit
 leaves where the fine-tune hardly moved. Fits lower the errors further, by similar factors. A few masks are measured,
-and further ones extrapolated (price.py).
+and further ones extrapolated (price.py). The text may read nothing of a change, such as that of a few tokens' rows. It
+still costs something: _UNREAD of the least cost that was measured, so that the module gets a mask if there is room.
 
 Memory holds the model, one gradient at a time, and the packed masks of all modules, one bit per weight and mask.
 """
@@ -32,13 +33,14 @@ from peraxis_tools.compress.fit.signs import unit
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.plan import PlannedModule
-from peraxis_tools.compress.plan.price import MEASURED_MASKS, extended
+from peraxis_tools.compress.plan.price import MEASURED_MASKS, extended, shares_left
 from peraxis_tools.compress.plan.unchanged import is_unchanged
 from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["fisher_errors", "fitted_errors", "inner_products"]
 
+_UNREAD: Final = 1e-3
 _CHUNK: Final = 1 << 20  # weights to unpack at a time
 
 
@@ -73,7 +75,13 @@ def fisher_errors(
         trim_heap()
     progress("sensitivity", len(samples), len(samples))
     scale = 0.5 / samples.shape[1]
-    return {name: extended([scale * error for error in fitted_errors(its)]) for name, its in products.items()}
+    errors = {name: extended([scale * error for error in fitted_errors(its)]) for name, its in products.items()}
+    least = min((its[0] for its in errors.values() if its[0] > 0.0), default=1.0)
+    for its in held:
+        if its.components and not errors[its.module.name][0] > 0.0:
+            shares = shares_left(its.module, weights.base, weights.fine_tuned)
+            errors[its.module.name] = [_UNREAD * least * share for share in shares]
+    return errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -288,7 +288,7 @@ def _result(
     """The result for a written file; notes a fine-tune without any change."""
     encodings = count_encodings(module.encoding for module in manifest.modules)
     if encodings.get(Encoding.SAME.value, 0) == len(manifest.modules):
-        note(f"{output}: holds no change, because every tensor of the fine-tune is the base's; check the pair")
+        note(f"{output}: holds no change, because every tensor is stored as the base's; check the pair, and the target")
     axes = Counter(component.axis.value for module in manifest.modules for component in module.components)
     return CompressResult(
         path=output,
