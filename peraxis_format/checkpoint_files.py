@@ -88,7 +88,7 @@ def _of_folder(folder: Path) -> CheckpointFiles:
     if strange is not None:
         raise CheckpointError(f"{strange}: is not a file, or a link to none; fetch the checkpoint again")
     found = CheckpointFiles(files=tuple(files))
-    return _with_ignored(folder, found, f"only adapters, and no index is named {INDEX_NAME}")
+    return _with_ignored(folder, found, f"an adapter, or an index that is not {INDEX_NAME}")
 
 
 def _explicit(folder: Path) -> str | None:
@@ -102,12 +102,19 @@ def _explicit(folder: Path) -> str | None:
     return name if isinstance(name, str) and name.endswith((".safetensors", _INDEX_SUFFIX)) else None
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _named(folder: Path, name: str) -> CheckpointFiles:
     if name != Path(name).name:
         raise CheckpointError(
             f"{folder}/config.json: transformers_weights names {name!r}, not a plain file name; correct it"
         )
-    if not (folder / name).is_file():
+    if not _is_file(folder / name):
         raise CheckpointError(f"{folder}/{name}: missing, although config.json names it; fetch the checkpoint again")
     return find_files(folder / name)
 
@@ -121,7 +128,7 @@ def _indexed(index: Path) -> CheckpointFiles:
     if not plain or not owners:
         raise CheckpointError(f"{index}: not a safetensors index (a weight_map of plain file names); fetch it again")
     names = sorted(set(owners.values()))  # an index may name a million files; paths are made of those that exist
-    lost = next((name for name in names if not (index.parent / name).is_file()), None)
+    lost = next((name for name in names if not _is_file(index.parent / name)), None)
     if lost is not None:
         raise CheckpointError(
             f"{index.parent / lost}: missing, although {index.name} lists it; fetch the checkpoint again"

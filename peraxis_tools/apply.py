@@ -20,7 +20,7 @@ from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import assets_of, checkpoint_bytes, rebuild_all, tensor_specs
+from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all, tensor_specs
 from peraxis_tools.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
 from peraxis_tools.sizes import parse_size
 
@@ -73,11 +73,13 @@ def apply(
     refuse_swapped(base, deltas[0])
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),
-        open_checkpoint(base, revision=base_revision) as opened,
         local_updates(deltas) as paths,
-        _opened(paths, opened) as (file, checkpoint),
-        watched(progress, "apply", checkpoint_bytes(file.manifest)) as step,
+        _opened(paths) as files,
+        open_checkpoint(base, revision=base_revision) as opened,
+        watched(progress, "apply", checkpoint_bytes(files[-1].manifest)) as step,
+        payload_first(files[-1]),
     ):
+        file, checkpoint = files[-1], _before(files, opened)
         refuse_part(file.manifest, file.path)
         _refuse_foreign(file, checkpoint)
         _refuse_repeats(file, opened.tensors.size + sum(path.stat().st_size for path in paths))
@@ -112,14 +114,23 @@ def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:
         )
 
 
+def _before(files: Sequence[pxd.DeltaFile], base: Checkpoint) -> Checkpoint:
+    """What the last file is applied to: the base, or in a chain the state before the last update."""
+    if len(files) == 1:
+        return base
+    from peraxis_tools.chain import ChainState
+
+    return Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
+
+
 @contextlib.contextmanager
-def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[pxd.DeltaFile, Checkpoint]]:
-    """The delta to apply and its base; for a chain, the last update and the state before it."""
+def _opened(deltas: Sequence[str | Path]) -> Iterator[Sequence[pxd.DeltaFile]]:
+    """The delta to apply, or the updates of a chain in order."""
     if len(deltas) == 1:
         with pxd.open(deltas[0]) as file, predecessor_named(file):
-            yield file, base
+            yield [file]
         return
-    from peraxis_tools.chain import ChainState, chain_order, link_of, opened_all
+    from peraxis_tools.chain import chain_order, link_of, opened_all
 
     for path in deltas:
         with pxd.open(path) as file:
@@ -129,7 +140,7 @@ def _opened(deltas: Sequence[str | Path], base: Checkpoint) -> Iterator[tuple[px
                     "to add several deltas up, use merge"
                 )
     with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, predecessor_named(*files):
-        yield files[-1], Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
+        yield files
 
 
 def _refuse_foreign(file: pxd.DeltaFile, base: Checkpoint) -> None:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeAlias
 
 from peraxis_format.arguments import did_you_mean
@@ -39,6 +41,7 @@ _LOADERS: Final = {
     ".csv": "csv",
 }
 _CHUNK: Final = 1000  # rows
+_HALVES: Final = re.compile("[\ud800-\udfff]")
 _COLUMNS: Final = 1000
 _ROLES: Final = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ASKED: Final = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
@@ -82,7 +85,7 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
     try:
         found: list[Document] = []
         columns: dict[str, dict[str, None]] = {}
-        without = 0
+        without = broken = 0
         for row in _rows(source):
             for name, value in row.items():
                 if value is not None:
@@ -90,6 +93,9 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
             document = _document(row, text_column=text_column, source=source)
             if document is None:
                 without += 1
+                continue
+            if not _is_unicode(document):
+                broken += 1
                 continue
             found.append(document)
             if len(found) == limit:
@@ -102,6 +108,8 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
         # `datasets` raises many types, its own and those of file systems; all mean that the source cannot be read.
         fault = fault_of(Path(source)) if Path(source).exists() else None
         raise OptionError(f"text {source}: {fault or f'cannot be read: {_reason(error)}'}") from error
+    if broken:
+        note(f"text {source}: half of a surrogate pair (like \\ud800) in {counted(broken, 'row')}, left out")
     if not found:
         if not columns:
             raise OptionError(f"text {source}: is empty; name another text")
@@ -137,17 +145,31 @@ def _rows(source: str) -> Iterable[dict[str, Any]]:
 def _of_datasets(source: str, path: Path) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
-    with quiet_datasets():
+    with quiet_datasets(), ExitStack() as kept_open:
         if source == "c4":
             rows = load_dataset("allenai/c4", "en", split="train", streaming=True)
         elif path.exists():
             kind = _LOADERS[text_suffix(path)]
             extra = {"sample_by": "paragraph"} if kind == "text" else {}
-            rows = load_dataset(kind, data_files=str(path.resolve()), split="train", streaming=True, **extra)
+            plain = kept_open.enter_context(_plain_name(path))
+            rows = load_dataset(kind, data_files=str(plain), split="train", streaming=True, **extra)
         else:
             name, _, config = source.partition(":")
             rows = load_dataset(name, config or None, split="train", streaming=True)
         yield from rows
+
+
+@contextmanager
+def _plain_name(path: Path) -> Iterator[Path]:
+    """The file, under a name that `datasets` takes for no pattern and no chain of file systems."""
+    whole = path.resolve()
+    if not set(str(whole)) & set("*?[]{}:!"):
+        yield whole
+        return
+    with TemporaryDirectory(prefix="peraxis-") as folder:
+        link = Path(folder) / f"text{text_suffix(path)}{'.gz' if path.name.endswith('.gz') else ''}"
+        link.symlink_to(whole)
+        yield link
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -178,6 +200,12 @@ def _document(row: Mapping[str, Any], *, text_column: str | None, source: str) -
         if (turns := _turns(value)) is not None:
             return Conversation(turns=turns)
     return _asked(row) or _one("\n".join(_strings(row)))
+
+
+def _is_unicode(document: Document) -> bool:
+    """Whether it is text that can be encoded: JSON can hold the half of a surrogate pair."""
+    texts = [document] if isinstance(document, str) else [text for turn in document.turns for text in turn]
+    return not any(_HALVES.search(text) for text in texts)
 
 
 def _one(value: Any) -> Document | None:

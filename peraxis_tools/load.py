@@ -24,7 +24,7 @@ from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
 from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import assets_of, checkpoint_bytes, rebuild_all
+from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
 from peraxis_tools.remote import local_copy
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def load_model(
         open_checkpoint(_hub_id(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
         watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
         predecessor_named(file),
+        payload_first(file),
     ):
         refuse_part(file.manifest, named)
         note_borrowed(file, checkpoint)

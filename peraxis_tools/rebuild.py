@@ -7,17 +7,18 @@ run on a few threads, at most a fixed number of bytes ahead of the consumer.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_format.errors import located
+from peraxis_format.errors import BindingError, located
 from peraxis_tools.assets import asset_group
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.completeness import has_vocabulary, takes_tokenizer
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import TensorSpec
 
-__all__ = ["assets_of", "checkpoint_bytes", "rebuild", "rebuild_all", "tensor_specs"]
+__all__ = ["assets_of", "checkpoint_bytes", "payload_first", "rebuild", "rebuild_all", "tensor_specs"]
 
 _AHEAD_BYTES: Final = 384 << 20
 _WORKERS: Final = 4
@@ -38,6 +39,19 @@ def rebuild(delta: pxd.DeltaFile, base: pxd.Safetensors, name: str) -> pxd.Array
             tensor = base.read(name)
             pxd.check_base_bytes(entry, tensor)
         return pxd.reconstruct(delta.load(name), tensor)
+
+
+@contextmanager
+def payload_first(delta: pxd.DeltaFile) -> Iterator[None]:
+    """Report a damaged payload rather than a base that does not fit: the first of SPEC 8 that fails.
+
+    A tensor's payload and its base are checked together, so that each is read once, and only a failure costs a pass.
+    """
+    try:
+        yield
+    except BindingError:
+        delta.verify()
+        raise
 
 
 def rebuild_all(

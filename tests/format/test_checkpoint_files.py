@@ -195,3 +195,30 @@ def test_an_index_of_many_files_that_are_not_there_is_refused_at_the_first(
     with pytest.raises(CheckpointError, match=r"model-000000\.safetensors: missing"):
         pxd.Safetensors.open(tmp_path)
     assert len([path for path in looked if path.name.startswith("model-0")]) == 1
+
+
+def test_a_tensor_that_a_second_shard_has_too_is_named(tmp_path: Path) -> None:
+    shard(tmp_path / "model-1.safetensors", a=1.0, b=1.0)
+    shard(tmp_path / "model-2.safetensors", a=2.0, b=2.0, c=2.0)
+    index(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"})
+    with pxd.Safetensors.open(tmp_path) as tensors:
+        (sentence,) = tensors.ignored
+    assert "a is in model-1.safetensors and model-2.safetensors, and 1 more are in two files" in sentence
+    assert "the index decides" in sentence
+
+
+def test_a_name_that_is_too_long_for_a_file_is_a_missing_file(tmp_path: Path) -> None:
+    index(tmp_path, {"a": f"{'a' * 300}.safetensors"})
+    with pytest.raises(CheckpointError, match=r"missing, although model\.safetensors\.index\.json lists it"):
+        pxd.Safetensors.open(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": f"{'b' * 300}.safetensors"}))
+    with pytest.raises(CheckpointError, match=r"missing, although config\.json names it"):
+        pxd.Safetensors.open(tmp_path)
+
+
+def test_an_index_of_another_name_is_named(tmp_path: Path) -> None:
+    shard(tmp_path / "one.safetensors", a=1.0)
+    index(tmp_path, {"a": "one.safetensors"}).rename(tmp_path / "x.safetensors.index.json")
+    with pxd.Safetensors.open(tmp_path) as tensors:
+        (sentence,) = tensors.ignored
+    assert "x.safetensors.index.json not read: an adapter, or an index that is not model" in sentence

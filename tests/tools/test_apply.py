@@ -180,6 +180,22 @@ def test_damage_in_the_payload_leaves_no_output(pair: tuple[Path, Path], tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_file_is_reported_before_a_base_that_does_not_fit(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    data, weights = bytearray(delta.read_bytes()), bytearray((base / "model.safetensors").read_bytes())
+    with pxd.open(delta) as file:
+        data[file.span(list(file)[-1])[1] - 1] ^= 1
+    weights[-1] ^= 1
+    delta.write_bytes(data)
+    (base / "model.safetensors").write_bytes(weights)
+    with pytest.raises(pxd.PayloadError):
+        apply(base, delta, tmp_path / "out")
+    (base / "model.safetensors").write_bytes(b"no base")
+    delta.write_bytes(data[:-1])
+    with pytest.raises(pxd.ContainerError, match="E124"):
+        apply(base, delta, tmp_path / "out")
+
+
 def test_a_folder_that_is_no_earlier_output_is_kept_whatever_is_asked(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, delta = pair
     (tmp_path / "out").mkdir()

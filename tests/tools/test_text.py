@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 from pathlib import Path
@@ -254,3 +255,29 @@ def test_of_a_huge_document_only_the_tokens_that_are_used_are_computed(
     assert lengths[0] < 10_000
     monkeypatch.setattr(text_module, "_CHARACTERS", 1 << 20)
     assert np.array_equal(short, ids())
+
+
+@pytest.mark.parametrize("name", ["b[1].txt", "b*.csv", "q::z.txt", "run[1]/b.json", "a{1}.csv.gz"])
+def test_a_name_is_no_pattern(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    kinds = {".txt": "the right one\n", ".csv": "text\nthe right one\n", ".json": '[{"text": "the right one"}]'}
+    data = kinds[Path(name.removesuffix(".gz")).suffix].encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    for other in ("b1.txt", "bx.csv", "a1.csv"):
+        (tmp_path / other).write_text("text\nanother\n")
+    (found,) = read_documents(str(path), text_column=None, limit=5)
+    assert isinstance(found, str)
+    assert found.strip() == "the right one"
+
+
+def test_half_of_a_surrogate_pair_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = rows_file(tmp_path / "t.jsonl", {"text": "a \ud800 b"}, {"text": "whole"}, {"messages": TURNS})
+    assert read_documents(path, text_column=None, limit=5) == [
+        "whole",
+        Conversation(turns=(("user", "sun moon"), ("assistant", "red blue"))),
+    ]
+    assert "half of a surrogate pair (like \\ud800) in 1 row, left out" in caplog.text
+    only = rows_file(tmp_path / "only.jsonl", {"text": "a \udfff b"})
+    with pytest.raises(OptionError, match="holds no text"):
+        read_documents(only, text_column=None, limit=5)

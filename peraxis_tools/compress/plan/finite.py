@@ -6,6 +6,7 @@ A fit squares differences of weights in float32, so weights above 2^40, which no
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Final
 
@@ -59,7 +60,7 @@ def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_lab
     raise ToolError(
         f"{name}: {module.name} holds {_kind(array[tuple(at)], dtype)} at {at} ({int(bad.sum())} of {array.size} "
         "values are not finite, or above 2^40); repair or fetch the checkpoint again, or keep its bits with exact "
-        f"(--exact {re.escape(module.name)!r})"
+        f"(--exact {shlex.quote(re.escape(module.name))})"
     )
 
 

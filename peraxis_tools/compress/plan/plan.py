@@ -201,6 +201,6 @@ def plan(
         if name not in aliases
     ]
     if options.exact not in (None, AUTO, EVERYTHING) and not any(map(options.is_exact, fine_tuned)):
-        raise OptionError(f"exact {options.exact!r}: matches no tensor; names are like {min(fine_tuned)}")
+        raise OptionError(f"exact '{options.exact}': matches no tensor; names are like {min(fine_tuned)}")
     dropped = tuple(sorted(name for name in base if name not in fine_tuned))
     return Plan(modules=tuple(modules), tied=pairs, dropped=dropped)

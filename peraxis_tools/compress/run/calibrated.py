@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -144,10 +143,11 @@ class CalibratedFit:
         self._quiet.close()
         if isinstance(error, (KeyboardInterrupt, Terminated, MemoryError, OSError)) and (kept := self._kept()):
             error.add_note(kept)
-        if self._opened is not None and error is None:
-            self._opened.processes.close()
+        if self._opened is not None:
+            if error is None:
+                self._opened.processes.close()
             if self._opened.processes.is_main_process:
-                shutil.rmtree(self._opened.work.path, ignore_errors=True)
+                self._opened.work.remove(unless_used=error is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

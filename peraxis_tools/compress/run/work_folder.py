@@ -87,6 +87,11 @@ class WorkFolder:
             return counted(blocks, "block")
         return "the samples of the fine-tuned model" if "generated.npy" in names else None
 
+    def remove(self, *, unless_used: bool) -> None:
+        """Remove the folder. unless_used: only if it holds nothing that a next run could continue."""
+        if not unless_used or {path.name for path in self.path.glob("*")} <= {_INPUTS}:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def load(self, part: str) -> list[FittedModule] | None:
         """The modules of a finished part; None if it is not finished, or damaged."""
         with self._opened(f"{part}.json") as index, self._opened(f"{part}.bin") as data:
