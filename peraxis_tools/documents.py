@@ -73,8 +73,8 @@ def check_text(source: str) -> None:
     if not path.exists():
         if names_a_file(source.partition(":")[0]):
             raise OptionError(f"text {source}: no such file, and not a datasets id (org/name or org/name:config)")
-    elif text_suffix(path) not in _LOADERS:
-        raise OptionError(f"text {source}: not one of {', '.join(_LOADERS)} (or .gz of them)")
+    elif text_suffix(path) not in _LOADERS or path.name.endswith(".parquet.gz"):
+        raise OptionError(f"text {source}: not one of {', '.join(_LOADERS)} (or .gz of them, but not of parquet)")
 
 
 def read_documents(source: str, *, text_column: str | None, limit: int) -> list[Document]:
@@ -113,6 +113,9 @@ def read_documents(source: str, *, text_column: str | None, limit: int) -> list[
     if not found:
         if not columns:
             raise OptionError(f"text {source}: is empty; name another text")
+        if all(list(kinds) == ["text"] for kinds in columns.values()):
+            why = "has half of a surrogate pair, or is blank" if broken else "is blank"
+            raise OptionError(f"text {source}: every row {why}; name another text")
         held = ", ".join(f"{name} ({' or '.join(kinds)})" for name, kinds in columns.items())
         raise OptionError(
             f"text {source}: holds no text; its columns: {held}; name one with text_column (--text-column)"

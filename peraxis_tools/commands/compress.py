@@ -72,7 +72,8 @@ class _Compress(click.Command):
 )
 @click.option(
     "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,
-    help="A text: c4, a datasets id, or a json, jsonl(.gz), parquet or txt file. Can be repeated.",
+    help="A text: c4, a datasets id, or a json, jsonl, txt, csv (each also .gz) or parquet file. Repeat it for more "
+    "texts; a weight like :0.5 is the share of the samples that a text gives.  [default weight: 1]",
 )  # fmt: skip
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="A set of options. Single options override it.")
 @click.option(
@@ -87,7 +88,8 @@ class _Compress(click.Command):
 @click.option(
     "--masks",
     type=MASKS,
-    help="Masks for each module, 1 to 8. auto: the bytes of one for each go where they help most.  [default: auto]",
+    help="Masks for each module, 1 to 8. auto: the file has the bytes of one mask for each, and modules that need them "
+    "get more, others fewer.  [default: auto]",
 )
 @click.option("--target-size", type=SIZE, help="The size of the file, like 1.2GB. Masks go where they help most.")
 @click.option("--target-ratio", type=float, help="The checkpoint's size over that of the file: 12 means a twelfth.")

@@ -43,8 +43,10 @@ def render_lora(result: LoraResult, console: Console) -> None:
     ranks = [module.rank for module in result.modules]
     console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, a LoRA adapter for PEFT")
     console.print(f"rank       {min(ranks)}" + (f" to {max(ranks)}" if max(ranks) > min(ranks) else ""))
+    of = counted(len(result.modules), "module")
+    of += f" and the {len(result.left_out)} that are left out" if result.left_out else ""
     console.print(
-        f"fidelity   relative error [bold]{result.error:.4g}[/] over {counted(len(result.modules), 'module')} "
+        f"fidelity   relative error [bold]{result.error:.4g}[/] over {of} "
         f"({100 * (1 - result.error**2):.1f}% of the square norm kept)"
     )
     if result.saved_whole:

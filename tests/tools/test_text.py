@@ -279,5 +279,11 @@ def test_half_of_a_surrogate_pair_is_left_out_and_counted(tmp_path: Path, caplog
     ]
     assert "half of a surrogate pair (like \\ud800) in 1 row, left out" in caplog.text
     only = rows_file(tmp_path / "only.jsonl", {"text": "a \udfff b"})
-    with pytest.raises(OptionError, match="holds no text"):
+    with pytest.raises(OptionError, match="every row has half of a surrogate pair"):
         read_documents(only, text_column=None, limit=5)
+
+
+def test_rows_without_any_letter_are_called_blank(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "t.jsonl", {"text": " "}, {"text": ""})
+    with pytest.raises(OptionError, match="every row is blank; name another text"):
+        read_documents(path, text_column=None, limit=5)

@@ -343,10 +343,12 @@ static list read_list(json *j, const char *key, u8 open, const char *pattern) {
 }
 
 /* ---- Steps 1 to 6: container ---- */
-static text read_file(const char *path) { /* with zeros behind it */
+static text read_file(const char *path, const char *irregular) { /* with zeros behind it */
     struct stat about;
-    io(!stat(path, &about), "read", path);
-    need(S_ISREG(about.st_mode), "E101");
+    int found = !stat(path, &about);
+    need(found || irregular != BASE, BASE);
+    io(found, "read", path);
+    need(S_ISREG(about.st_mode), irregular);
     need((u64)about.st_size < LIMIT, "E102");
     FILE *stream = fopen(path, "rb");
     io(stream, "read", path);
@@ -803,7 +805,7 @@ static void check_module(const module *m) { /* SPEC 4.5, 5.2, 5.4, 5.7, 5.8 */
 }
 
 static pxd load(const char *path) { /* steps 1 to 11 */
-    pxd f = {.file = read_file(path)};
+    pxd f = {.file = read_file(path, "E101")};
     read_header(&f);
     read_manifest(&f);
     check_names(&f);
@@ -970,7 +972,7 @@ static int by_place(const void *a, const void *b) {
 }
 
 static records read_base(const char *path) { /* sorted by name */
-    text file = read_file(path);
+    text file = read_file(path, BASE);
     u64 length = little(file.p, 8), end = 0;
     need(file.n >= 8 && length <= file.n - 8 && length <= BASE_HEADER_MAX, BASE);
     text header = {file.p + 8, (size_t)length};
@@ -1018,10 +1020,9 @@ static void apply(const char *path, const char *base_path, const char *out) {
     bind(&f, base_path);
     module *all = allocate(f.module_count + f.tied.count, sizeof *all); /* with aliases */
     memcpy(all, f.modules, f.module_count * sizeof *all);
+    qsort(all, f.module_count, sizeof *all, by_text);
     EACH(i, f.tied.count) { /* SPEC 6.5 */
-        module *m = f.modules;
-        while (compare(m->name, f.tied.items[i].key)) m++;
-        all[f.module_count + i] = *m;
+        all[f.module_count + i] = *(module *)bsearch(&f.tied.items[i].key, all, f.module_count, sizeof *all, by_text);
         all[f.module_count + i].name = f.tied.items[i].value;
     }
     FILE *to = fopen(out, "wb");

@@ -49,6 +49,7 @@ async function decode(path, folder) {
 
 async function run(path, base, out) {
   const delta = await load(path);
+  if (!statSync(base, { throwIfNoEntry: false })?.isFile()) throw new Rejection(null); // SPEC 7.5
   const tensors = await apply(delta, readSafetensors(readFileSync(base)));
   writeFileSync(`${out}.part`, joined(writeSafetensors(tensors)));
   renameSync(`${out}.part`, out);

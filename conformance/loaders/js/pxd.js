@@ -158,6 +158,7 @@ class Json {
       this.at = plain.lastIndex;
       if (this.peek() !== "\\") break;
       parts.push(this.escape());
+      if (parts.length > 4096) parts.splice(0, parts.length, parts.join("")); // of many escapes each part is a few bytes
     }
     this.take('"');
     const made = parts.length === 1 ? parts[0] : parts.join("");

@@ -24,6 +24,7 @@ class BaseFile(Strict):
 
     def __init__(self, path: str, switch: str) -> None:
         self.switch = LIKE.get(switch, switch)
+        need(Path(path).is_file(), MALFORMED)
         self.file = Path(path).read_bytes()
         need(len(self.file) >= 8, MALFORMED)
         length = int.from_bytes(self.file[:8], "little")
