@@ -67,6 +67,7 @@ fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.conformance.fuzz_reader --seconds 3600
 	$(BIN)/python -m tests.conformance.fuzz_reader --large --seconds 600
 	$(BIN)/python -m tests.conformance.differential --seconds 900
+	$(BIN)/python -m tests.conformance.differential --bases --seconds 300
 
 # docs/commands.md and docs/api.md, from the code.
 docs: $(INSTALLED)
