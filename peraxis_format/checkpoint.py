@@ -247,7 +247,7 @@ def _tensors_of(
             before = tensors.get(info.name)
             owner = found.owners.get(info.name)
             if before is not None:
-                twice.append(f"{info.name} is in {before.file.name} and {file.name}")
+                twice.append(f"{info.name!r} is in {before.file.name} and {file.name}")
             if before is None or owner == file.name:
                 tensors[info.name] = info
             elif owner != before.file.name:

@@ -166,7 +166,7 @@ def _of_datasets(source: str, path: Path) -> Iterator[dict[str, Any]]:
 def _plain_name(path: Path) -> Iterator[Path]:
     """The file, under a name that `datasets` takes for no pattern and no chain of file systems."""
     whole = path.resolve()
-    if not set(str(whole)) & set("*?[]{}:!"):
+    if not set(str(whole)) & set("*?[]{}!") and "::" not in str(whole):
         yield whole
         return
     with TemporaryDirectory(prefix="peraxis-") as folder:

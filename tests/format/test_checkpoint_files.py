@@ -203,7 +203,7 @@ def test_a_tensor_that_a_second_shard_has_too_is_named(tmp_path: Path) -> None:
     index(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"})
     with pxd.Safetensors.open(tmp_path) as tensors:
         (sentence,) = tensors.ignored
-    assert "a is in model-1.safetensors and model-2.safetensors, and 1 more are in two files" in sentence
+    assert "'a' is in model-1.safetensors and model-2.safetensors, and 1 more are in two files" in sentence
     assert "the index decides" in sentence
 
 
