@@ -68,7 +68,7 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     by_id: dict[str, Link] = {}
     for link in given:
         if link.content_id in by_id:
-            raise ToolError(f"{link.path}: is the same update as {by_id[link.content_id].path}; pass it once")
+            raise CheckFailedError(f"{link.path}: is the same update as {by_id[link.content_id].path}; pass it once")
         by_id[link.content_id] = link
     before = predecessors(given)
     first = [link for link in given if before[link.content_id] is None]

@@ -157,7 +157,7 @@ def test_a_fork_a_repetition_and_a_foreign_update_are_refused_by_name(
     with pytest.raises(CheckFailedError, match=r"fork.pxd and .*step-3.pxd: a fork; both follow .*step-2.pxd"):
         chain_order(link_of(path) for path in [*files, tmp_path / "fork.pxd"])
     (tmp_path / "copy.pxd").write_bytes(files[1].read_bytes())
-    with pytest.raises(ToolError, match=r"copy.pxd: is the same update as .*step-2.pxd"):
+    with pytest.raises(CheckFailedError, match=r"copy.pxd: is the same update as .*step-2.pxd"):
         chain_order(link_of(path) for path in [*files, tmp_path / "copy.pxd"])
     write_checkpoint(tmp_path / "else", start(9))
     write_checkpoint(tmp_path / "else-1", stepped(start(9), 1))

@@ -1,13 +1,14 @@
-"""X^T X in blocks, of which those below the diagonal are not computed."""
+"""X^T X in blocks, of which those below the diagonal are not computed; and the product of two matrices as vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Final
 
+import torch
 from torch import Tensor
 
-__all__ = ["add_gram", "gram_blocks"]
+__all__ = ["add_gram", "dot", "gram_blocks"]
 
 _PARTS: Final = 4
 
@@ -26,3 +27,8 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     for part, block in gram_blocks(x):
         total[part, part.start :] += block
         total[part.stop :, part] = total[part, part.stop :].t()
+
+
+def dot(one: Tensor, other: Tensor) -> float:
+    """tr(A B^T), summed in float64. one, other: A and B, of one shape."""
+    return float(torch.sum(one * other, dtype=torch.float64))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peraxis_format import Axis
 from peraxis_tools.compress.fit.fit import Hessian, Matrix
+from peraxis_tools.compress.fit.gram import dot
 from peraxis_tools.compress.fit.scales import ComponentFit
 from peraxis_tools.compress.fit.signs import unit
 
@@ -43,8 +44,8 @@ def fit_scalars(matrix: Matrix, hessian: Hessian, *, share: float, rounds: int) 
             signs[k][rows] = rest >= 0
             pattern = unit(signs[k][rows])
             image = pattern @ hessian.matrix
-            above += _inner(image, rest)
-            below += _inner(image, pattern)
+            above += dot(image, rest)
+            below += dot(image, pattern)
         scales.append(above / below if below > 0.0 else 0.0)
     if len(scales) > 1 and rounds:
         products, right = _system(matrix, hessian, signs, share)
@@ -81,12 +82,8 @@ def _system(
     for rows, target in _targets(matrix, hessian, share):
         for k in range(count):
             image = unit(signs[k][rows]) @ hessian.matrix
-            right[k] += _inner(image, target)
+            right[k] += dot(image, target)
             for m in range(k + 1):
-                products[k][m] += _inner(image, unit(signs[m][rows]))
+                products[k][m] += dot(image, unit(signs[m][rows]))
                 products[m][k] = products[k][m]
     return products, right
-
-
-def _inner(one: Tensor, other: Tensor) -> float:
-    return float(torch.sum(one * other, dtype=torch.float64))

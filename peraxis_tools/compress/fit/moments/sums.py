@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peraxis_tools.compress.fit.gram import gram_blocks
+from peraxis_tools.compress.fit.gram import dot, gram_blocks
 
 __all__ = ["Moments", "Statistics", "Validation", "grid_of"]
 
@@ -172,22 +172,18 @@ class Validation:
         self.tokens = moments.tokens
         self._gram = moments.G.float()
         self._cross = None if moments.E is None else fine_tuned @ moments.E.float()
-        self._rest = 0.0 if moments.F is None else _dot(fine_tuned @ moments.F.float(), fine_tuned)
+        self._rest = 0.0 if moments.F is None else dot(fine_tuned @ moments.F.float(), fine_tuned)
 
     def error(self, residual: Tensor) -> float:
         """||R - X Q^T||^2 / n for A = D - Q. residual: A, float32 [d_out, d_in]."""
-        error = _dot(residual @ self._gram, residual) + self._rest
+        error = dot(residual @ self._gram, residual) + self._rest
         if self._cross is not None:
-            error += 2 * _dot(self._cross, residual)
+            error += 2 * dot(self._cross, residual)
         return max(error, 0.0) / max(self.tokens, 1)
 
     def share(self, correction: Tensor) -> float:
         """The share, 0 to 1, of a correction of the delta (float32 [d_out, d_in]) whose error is least."""
-        energy = _dot(correction @ self._gram, correction)
+        energy = dot(correction @ self._gram, correction)
         if self._cross is None or not energy > 0.0:
             return 1.0
-        return min(max(_dot(self._cross, correction) / energy, 0.0), 1.0)
-
-
-def _dot(left: Tensor, right: Tensor) -> float:
-    return float(torch.sum(left * right, dtype=torch.float64))
+        return min(max(dot(self._cross, correction) / energy, 0.0), 1.0)
