@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +17,7 @@ from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.plan.estimate import StageWork, Text, work_of
 from peraxis_tools.compress.plan.plan import plan
 from peraxis_tools.compress.run.dry_run import estimate_run
-from tests.tools.compress_pairs import llama_pair
+from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,14 @@ def test_what_is_no_pair_is_refused_as_in_a_run(pair: tuple[Path, Path, Path], t
 def test_seconds_follow_from_the_work_and_what_was_measured() -> None:
     from peraxis_tools.compress.run.probe import Probe
 
-    probe = Probe(token=0.5, step=0.1, draw=2.0, products=4.0, refine=True)
+    probe = Probe(token=0.5, step=0.1, draw=2.0, products=4.0, refine=True, loss=0.25)
     work = StageWork(name="any", memory=0, products=8.0, passes=6.0, steps=10, layers=3)
     assert probe.seconds(work) == pytest.approx(8 / 4 + 6 * 0.5 + 10 * (3 * 0.1 + 2.0))
+    assert probe.seconds(StageWork(name="any", memory=0, losses=8.0)) == 2.0
+    build, reduction = probe.trained(2)
+    assert min(build, reduction) > 0
+    trained = StageWork(name="any", memory=0, builds=((3, 2, 5.0),), reductions=((3, 2, 4.0),))
+    assert probe.seconds(trained) == pytest.approx(3 * 5 * build + 3 * 4 * reduction)
     one = probe.fit(24, 16, 1)
     assert one > 0
     assert probe.seconds(StageWork(name="any", memory=0, matrices=((24, 16, 1),) * 5)) == pytest.approx(5 * one)
@@ -178,3 +183,46 @@ def test_generated_samples_take_the_memory_of_a_batch_and_calibrate_by_the_share
         2, Text(samples=8, generated=64, length=64, value_bytes=4, together=16, distilled=24), distill_samples=24
     )
     assert some["blocks"] == few["blocks"]  # a quarter of 64 samples
+
+
+@pytest.mark.parametrize(("tied", "part"), [(False, 5), (True, 5)])
+def test_a_distillation_builds_and_reduces_what_the_estimate_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, part: int
+) -> None:
+    from peraxis_tools.compress.distill.parametrization import DeltaParametrization
+    from peraxis_tools.compress.model import layerwise_model
+    from peraxis_tools.compress.plan import estimate
+
+    base, tuned = write_pair(tmp_path, llama_config(tie_word_embeddings=tied))
+    text = write_text(tmp_path / "text.jsonl")
+    options: dict[str, Any] = {**FEW, "masks": 2, "calibration": str(text), "distill_samples": 8, "held_out": 0.25}
+    options["distill_epochs"] = 2
+    force = options.pop("force")
+    for module, name in ((layerwise_model, "_LOGITS_BYTES"), (estimate, "_LOGITS")):
+        monkeypatch.setattr(module, name, 4 * llama_config().vocab_size * part)
+    foretold = []
+    real = estimate.work_of
+
+    def noted(*given: Any) -> list[StageWork]:
+        foretold.append(real(*given))
+        return foretold[-1]
+
+    monkeypatch.setattr(sys.modules[estimate_run.__module__], "work_of", noted)
+    estimate_run(base, tuned, options=CompressOptions(**options))
+    (distill,) = (work for work in foretold[-1] if work.name == "distill")
+    built, reduced = [], []
+    build, gradients = DeltaParametrization.build, DeltaParametrization.gradients
+
+    def counted_build(self: Any, base: Any) -> Any:
+        built.append(base.numel())
+        return build(self, base)
+
+    def counted_gradients(self: Any, gradient: Any) -> Any:
+        reduced.append(gradient.numel())
+        return gradients(self, gradient)
+
+    monkeypatch.setattr(DeltaParametrization, "build", counted_build)
+    monkeypatch.setattr(DeltaParametrization, "gradients", counted_gradients)
+    compress(base, tuned, tmp_path / "d.pxd", force=force, **options)
+    for seen, said in ((built, distill.builds), (reduced, distill.reductions)):
+        assert sum(seen) == sum(weights * times for weights, _, times in said) > 0

@@ -18,7 +18,7 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.heap import trim_heap
 
-__all__ = ["Losses", "TeacherStates"]
+__all__ = ["Losses", "TeacherStates", "divergence"]
 
 
 class TeacherStates:
@@ -115,5 +115,10 @@ class Losses:
         target, logits = target.float(), logits.float()
         if self.kind == "mse":
             return torch.mean((logits - target).square(), dim=-1).sum()
-        log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
-        return torch.sum(log_p.exp() * (log_p - log_q))
+        return divergence(target, logits)
+
+
+def divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """The sum over tokens of KL(teacher || student). target, logits: float32 [..., vocabulary]."""
+    log_p, log_q = torch.log_softmax(target, -1), torch.log_softmax(logits, -1)
+    return torch.sum(log_p.exp() * (log_p - log_q))

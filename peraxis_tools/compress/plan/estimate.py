@@ -13,7 +13,8 @@ outside the layers, N tokens of text in samples of n, and d the width of the hid
     write        4 copies of the largest tensor (run.py)
 
 A probe (run/probe.py) turns the work into seconds: tokens that pass a layer, steps of generation, matrices that are
-fitted, float32 operations of products, and operations of fits (2 d_in^2 for each product with a row of a matrix).
+fitted, weights that distillation builds and whose gradients it reduces, logits whose loss it computes, float32
+operations of products, and operations of fits (2 d_in^2 for each product with a row of a matrix).
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ _TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and Adam
 _TRAINED_SIGN: Final = 4  # BYTES_A_SIGN of distill/latents.py, which imports torch
 _LOGITS: Final = 32 << 20  # _LOGITS_BYTES of model/layerwise_model.py, which imports torch
 _LOGITS_COPIES: Final = 6
-_BUILDING: Final = 60.0  # operations for each weight and mask: to build it twice, and to reduce its gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,8 @@ class StageWork:
     """One stage. memory: bytes beyond the imports; products: float32 operations of products; passes: tokens through a
     layer; sums: (tokens, width) of each input whose moments are summed; steps: of generation, through `layers` layers;
     fits: operations of fits; matrices: those that are fitted, (rows, width, masks) each; priced: weights whose price is
-    measured.
+    measured; builds, reductions: (weights, masks, times) of a matrix that distillation builds, and whose gradient it
+    reduces to those of its scales (distill/parametrization.py); losses: logits of a loss and of its gradient.
     """
 
     name: str
@@ -95,6 +96,9 @@ class StageWork:
     fits: float = 0.0
     matrices: tuple[tuple[int, int, int], ...] = ()
     priced: int = 0
+    builds: tuple[tuple[int, int, float], ...] = ()
+    reductions: tuple[tuple[int, int, float], ...] = ()
+    losses: float = 0.0
 
 
 def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[StageWork]:
@@ -276,12 +280,38 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
     own = 4.0 * learned + validated
     passes = own + every + anew * (learned + validated)
     heads = own + learned + validated
+    builds, reductions = _building(plan, signed, text, learned=learned, validated=validated)
     return StageWork(
         name="distill",
         memory=max(text.value_bytes * _weights(plan), student),
         passes=len(_layers(plan)) * passes * text.length,
-        products=2.0 * head * heads * text.length + _BUILDING * masked * learned,
+        products=2.0 * head * heads * text.length,
+        builds=builds,
+        reductions=reductions,
+        losses=float(_vocabulary(plan) * text.length * (learned + validated)),
     )
+
+
+def _building(
+    plan: Plan, signed: Sequence[PlannedModule], text: Text, *, learned: float, validated: float
+) -> tuple[tuple[tuple[int, int, float], ...], ...]:
+    """The builds and reductions of a distillation. learned, validated: samples.
+
+    A weight is built for a forward pass and again for its backward pass: of a head for each part of the logits, of an
+    embedding once, because its gradient needs no weight.
+    """
+    parts = -(-_FLOAT * text.length * _vocabulary(plan) // _LOGITS)
+    alone = plan.tied or sum(module.kind in TABLES for module in plan.modules) == 1
+    builds, reductions = [], []
+    for module in signed:
+        reads, heads = float(module.kind == "embedding"), 0.0
+        if module.kind == "lm_head" or (reads and alone):
+            heads = float(parts)
+        elif not reads:
+            heads = 1.0
+        builds.append((_values(module), module.components, (reads + heads) * (learned + validated) + heads * learned))
+        reductions.append((_values(module), module.components, (reads + heads) * learned))
+    return tuple(builds), tuple(reductions)
 
 
 def fit_operations(rows: int, width: int, components: int) -> float:

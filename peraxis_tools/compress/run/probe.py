@@ -1,4 +1,4 @@
-"""How long this machine takes now for the operations of a run: a layer, a step of generation, a fit, products.
+"""How long this machine takes now for the operations of a run: a layer, a step of generation, a fit, a trained weight.
 
 A layer of the model's own class runs on random values, as many at a time as the run has, so that what Python and the
 architecture add is counted. Fits are those of matrices of the real shapes, up to _OPERATIONS; larger ones are scaled by
@@ -15,9 +15,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from peraxis_format import DType, Encoding, from_float32
+from peraxis_format import Axis, Component, DType, Encoding, from_float32
 from peraxis_tools.compress.calibration.generate import draw_tokens
 from peraxis_tools.compress.calibration.parts import pieces_of
+from peraxis_tools.compress.distill.losses import divergence
+from peraxis_tools.compress.distill.parametrization import BuiltWeights, DeltaParametrization, TrainedComponent
 from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, Matrix
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
@@ -25,6 +27,7 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.plan.estimate import StageWork, Text, fit_operations
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.price import PRICED_ROWS, measured_errors
+from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["Probe", "probe_of", "warm_up"]
 
@@ -32,12 +35,14 @@ _SECONDS: Final = 0.3  # of each measurement
 _OPERATIONS: Final = 1e11  # of a fit that is measured whole: about a second
 _WIDTH: Final = 768
 _TOKENS: Final = 1024
+_TRAINED_ROWS: Final = 3072
+_LOSS_TOKENS, _LOSS_LOGITS = 64, 1 << 15
 
 
 @dataclass(slots=True, kw_only=True)
 class Probe:
-    """Seconds: of a token in a layer, of a step of generation in a layer, of its head and draw, of a priced weight;
-    operations a second.
+    """Seconds: of a token in a layer, of a step of generation in a layer, of its head and draw, of a priced weight, of
+    the loss of a logit; operations a second.
     """
 
     token: float
@@ -46,8 +51,10 @@ class Probe:
     products: float
     refine: bool
     priced: float = 0.0
+    loss: float = 0.0
     _fits: dict[tuple[int, int, int], float] = field(default_factory=dict)
     _sums: dict[int, float] = field(default_factory=dict)
+    _trained: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def seconds(self, work: StageWork) -> float:
         """Of one stage."""
@@ -57,7 +64,10 @@ class Probe:
         steps = work.steps * (work.layers * self.step + self.draw)
         sums = sum(tokens * self.sum(width) for tokens, width in work.sums)
         priced = work.priced * self.priced
-        return work.products / self.products + work.passes * self.token + sums + fits + steps + priced
+        builds = sum(weights * times * self.trained(masks)[0] for weights, masks, times in work.builds)
+        reductions = sum(weights * times * self.trained(masks)[1] for weights, masks, times in work.reductions)
+        forwards = work.products / self.products + work.passes * self.token + work.losses * self.loss
+        return forwards + sums + fits + steps + priced + builds + reductions
 
     def sum(self, width: int) -> float:
         """Of adding one token's input to the moments."""
@@ -66,6 +76,12 @@ class Probe:
             moments = Moments.zeros(width, paired=True, validates=True, grid=2.0**-30)
             self._sums[width] = _seconds(lambda: moments.add(x, z)) / _TOKENS
         return self._sums[width]
+
+    def trained(self, masks: int) -> tuple[float, float]:
+        """Of building a weight of distillation, and of reducing its gradient."""
+        if masks not in self._trained:
+            self._trained[masks] = _trained_seconds(masks)
+        return self._trained[masks]
 
     def fit(self, rows: int, width: int, masks: int) -> float:
         """Of the fit of one matrix."""
@@ -88,7 +104,15 @@ def probe_of(config: Any, text: Text, *, batch: int, sampled: torch.dtype, refin
         draw = _draw_seconds(config, sampled, rows)
     x = torch.randn(_TOKENS, _WIDTH)
     products = 2.0 * _TOKENS * _WIDTH**2 / _seconds(lambda: x.t() @ x)
-    return Probe(token=token, step=step, draw=draw, products=products, refine=refine, priced=_priced_seconds())
+    return Probe(
+        token=token,
+        step=step,
+        draw=draw,
+        products=products,
+        refine=refine,
+        priced=_priced_seconds(),
+        loss=_loss_seconds() if text.distilled else 0.0,
+    )
 
 
 def warm_up() -> None:
@@ -152,6 +176,35 @@ def _priced_seconds() -> float:
     tuned = base + 0.1 * draw.standard_normal((1, *shape), np.float32)
     left, right = (from_float32(values, DType.BF16) for values in (base, tuned))
     return _seconds(lambda: measured_errors(module, left, right)) / base.size
+
+
+def _trained_seconds(masks: int) -> tuple[float, float]:
+    """Of building a weight with so many masks, and of reducing its gradient: a BF16 matrix of a typical size."""
+    draw = np.random.Generator(np.random.PCG64(0))
+    component = Component(
+        axis=Axis.ROW_COL,
+        exponent=0,
+        mask=draw.integers(0, 256, (_TRAINED_ROWS, _WIDTH // 8), dtype=np.uint8),
+        row=np.full(_TRAINED_ROWS, 0.01, np.float16),
+        col=np.ones(_WIDTH, np.float16),
+    )
+    shape, device = (_TRAINED_ROWS, _WIDTH), torch.device("cpu")
+    components = torch.nn.ModuleList(
+        TrainedComponent(component, shape, signs=False, device=device) for _ in range(masks)
+    )
+    pieces = [(ParameterSlice(tensor="any", parameter="any"), _TRAINED_ROWS, components)]
+    weight = DeltaParametrization(pieces, torch.bfloat16, torch.float32, BuiltWeights())
+    base, gradient = torch.randn(shape).bfloat16(), torch.randn(shape)
+    with torch.no_grad():
+        build, reduction = _seconds(lambda: weight.build(base)), _seconds(lambda: weight.gradients(gradient))
+    return build / base.numel(), reduction / base.numel()
+
+
+def _loss_seconds() -> float:
+    """Of the loss of a logit, with its gradient."""
+    shape = (_LOSS_TOKENS, _LOSS_LOGITS)
+    target, logits = torch.randn(shape), torch.randn(shape, requires_grad=True)
+    return _seconds(lambda: divergence(target, logits).backward()) / target.numel()
 
 
 def _fit_seconds(rows: int, width: int, masks: int, *, refine: bool) -> float:
