@@ -85,15 +85,9 @@ def publish(
     this folder and upload nothing. private: make a new repository private. revision: the branch to commit to.
     progress: called with numbers of bytes, or True for bars. Raises ToolError, PxdError, OSError.
     """
-    check_choice("relation", relation, get_args(Relation))
-    if license is not None and not _LICENSE.fullmatch(license):
-        raise OptionError(
-            f"license {license!r}: not an identifier of the hub, like apache-2.0; pass other for any other"
-        )
-    if dry_run is None:
-        refuse_idle("without dry_run", overwrite=overwrite)
-    else:
-        refuse_idle("with dry_run", private=private, revision=revision)
+    _check_options(
+        license=license, relation=relation, dry_run=dry_run, revision=revision, overwrite=overwrite, private=private
+    )
     require("a model card", "huggingface_hub")
     paths = [Path(path) for path in sequence(deltas)]
     dry_run = None if dry_run is None else Path(dry_run)
@@ -123,14 +117,8 @@ def publish(
         message = f"Add {', '.join(delta.found.content_id for delta in told)}"
         url = _upload(repository, files, card, attributes, private=private, revision=revision, message=message)
     else:
-        claim = claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), *evaluations), repository=True)
-        # No list of files is written, because all files are for the hub; the card identifies the folder.
-        with claim, atomic_folder(dry_run, overwrite=overwrite, repository=True) as folder:
-            (folder / "README.md").write_text(card, "utf-8")
-            (folder / ".gitattributes").write_text(attributes, "utf-8")
-            with stages("copy", sum(source.stat().st_size for source in files.values())) as step:
-                for name, source in files.items():
-                    _copy(source, folder / name, step)
+        with claim_folder(dry_run, overwrite=overwrite, inputs=(*files.values(), *evaluations), repository=True):
+            _write_repository(dry_run, files, card, attributes, overwrite=overwrite, progress=stages)
     return PublishResult(
         repository=repository,
         deltas=tuple(PublishedDelta(name=delta.file, content_id=delta.found.content_id) for delta in told),
@@ -139,6 +127,38 @@ def publish(
         path=dry_run,
         url=url,
     )
+
+
+def _check_options(
+    *,
+    license: str | None,
+    relation: str,
+    dry_run: str | Path | None,
+    revision: str | None,
+    overwrite: bool,
+    private: bool,
+) -> None:
+    check_choice("relation", relation, get_args(Relation))
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise OptionError(
+            f"license {license!r}: not an identifier of the hub, like apache-2.0; pass other for any other"
+        )
+    if dry_run is None:
+        refuse_idle("without dry_run", overwrite=overwrite)
+    else:
+        refuse_idle("with dry_run", private=private, revision=revision)
+
+
+def _write_repository(
+    target: Path, files: Mapping[str, Path], card: str, attributes: str, *, overwrite: bool, progress: ProgressOf
+) -> None:
+    """Write the repository to a folder, with no list of its files: all are for the hub, and the card identifies it."""
+    with atomic_folder(target, overwrite=overwrite, repository=True) as folder:
+        (folder / "README.md").write_text(card, "utf-8")
+        (folder / ".gitattributes").write_text(attributes, "utf-8")
+        with progress("copy", sum(source.stat().st_size for source in files.values())) as step:
+            for name, source in files.items():
+                _copy(source, folder / name, step)
 
 
 def _verify(path: Path, progress: ProgressOf) -> None:
