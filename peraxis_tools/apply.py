@@ -118,9 +118,9 @@ def _before(files: Sequence[pxd.DeltaFile], base: Checkpoint) -> Checkpoint:
     """What the last file is applied to: the base, or in a chain the state before the last update."""
     if len(files) == 1:
         return base
-    from peraxis_tools.chain import ChainState
+    from peraxis_tools.chain import state_after
 
-    return Checkpoint(ChainState(base.tensors, files[:-1]), base.identity, base.folder)
+    return state_after(base, files[:-1])
 
 
 @contextlib.contextmanager

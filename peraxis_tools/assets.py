@@ -6,15 +6,17 @@
     pipeline        sentence-transformers' modules.json, and the small files in the folders that it names
 
 Each file belongs to one group. Apply takes a group from the base only if the delta has no file of that group, so files
-of two checkpoints never mix within a group. All other files (code above all) are left out and listed, except the files
-that training and publishing write beside a model.
+of two checkpoints never mix within a group. So an update has all files of each group in which one has changed, and of
+the updates of a chain the last one that has files of a group decides. All other files (code above all) are left out and
+listed, except the files that training and publishing write beside a model.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -22,7 +24,7 @@ from peraxis_format import ASSET_PATH
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
 
-__all__ = ["LEFT_BEHIND", "FolderAssets", "Group", "asset_group", "find_assets"]
+__all__ = ["LEFT_BEHIND", "FolderAssets", "Group", "asset_group", "changed_groups", "find_assets", "with_groups"]
 
 _ASSET_BYTES_MAX: Final = 64 << 20
 LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line
@@ -56,19 +58,59 @@ def asset_group(path: str) -> Group | None:
     return next((group for group, pattern in _GROUPS if pattern.fullmatch(path)), None)
 
 
+def _groups(paths: Iterable[str]) -> set[str]:
+    """The groups of these files; a file that is in none is one of its own."""
+    return {asset_group(path) or path for path in paths}
+
+
+def with_groups(before: Mapping[str, bytes], own: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The small files after a delta whose own are given: path -> bytes, in path order."""
+    replaced = _groups(own)
+    kept = {path: data for path, data in before.items() if (asset_group(path) or path) not in replaced}
+    return dict(sorted({**kept, **own}.items()))
+
+
+def changed_groups(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of `after` in each group that differs from that of `before`, in path order.
+
+    A note names the files of a group that `after` has not at all, because a delta cannot say so.
+    """
+    groups: dict[str, list[dict[str, bytes]]] = {}
+    for side, files in enumerate((before, after)):
+        for path, data in files.items():
+            groups.setdefault(asset_group(path) or path, [{}, {}])[side][path] = data
+    for old, new in groups.values():
+        if old and not new:
+            note(f"{', '.join(sorted(old))}: gone in the new state, but apply takes what the old one has")
+    changed = {path: data for old, new in groups.values() if old != new for path, data in new.items()}
+    return dict(sorted(changed.items()))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderAssets:
-    """carried: the assets, as sorted paths relative to the folder. left: sorted files that a loaded model may need."""
+    """carried: the assets, as sorted paths relative to the folder. left: sorted files that a loaded model may need.
+
+    replaced: assets that are not read from the folder.
+    """
 
     folder: Path
     carried: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    replaced: Mapping[str, bytes] = field(default_factory=dict)
+
+    def with_groups_of(self, own: Mapping[str, bytes]) -> FolderAssets:
+        """The assets after updates whose own are given."""
+        replaced = _groups(own)
+        kept = [path for path in self.carried if (asset_group(path) or path) not in replaced]
+        return replace(self, carried=tuple(sorted([*kept, *own])), replaced=own)
 
     def read(self, path: str, *, checked: bool = True) -> bytes:
         """The bytes of an asset.
 
         Raises ToolError if it is too large, or, if `checked`, named .json and no receiver could read it.
         """
+        if path in self.replaced:
+            return self.replaced[path]
         file = self.folder / path
         size = file.stat().st_size
         target = _outside(file, self.folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,12 +28,13 @@ class Checkpoint:
     """One opened checkpoint. A context manager.
 
     tensors: its safetensors, by name. identity: its name in manifests. folder: the folder of its small files, None for
-    a bare file.
+    a bare file. replaced: small files of updates on it, which take the place of their groups.
     """
 
     tensors: Safetensors
     identity: Identity
     folder: Path | None
+    replaced: Mapping[str, bytes] = field(default_factory=dict)
 
     def assets(self, *, checked: bool = True) -> Iterator[tuple[str, bytes]]:
         """Configuration, tokenizer, processor and chat templates: path and bytes, in path order (SPEC 3.12).
@@ -46,7 +47,8 @@ class Checkpoint:
 
     def folder_assets(self) -> FolderAssets:
         """The files of the folder that a delta contains, and those that it leaves out."""
-        return FolderAssets(folder=Path()) if self.folder is None else find_assets(self.folder)
+        found = FolderAssets(folder=Path()) if self.folder is None else find_assets(self.folder)
+        return found.with_groups_of(self.replaced)
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json. Raises ToolError if there is none."""

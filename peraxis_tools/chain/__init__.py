@@ -3,7 +3,7 @@
 from peraxis_tools.chain.log import ChainLog, LogEntry, log
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.chain.state import ChainState
+from peraxis_tools.chain.state import ChainState, state_after
 from peraxis_tools.chain.write import UpdateResult, compact, update
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "link_of",
     "log",
     "opened_all",
+    "state_after",
     "update",
 ]

@@ -1,16 +1,32 @@
-"""A checkpoint that consists of a base and updates on it; it is read and checked tensor by tensor."""
+"""A checkpoint that consists of a base and updates on it: tensors, read and checked one by one, and small files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_format.errors import located
+from peraxis_tools.assets import with_groups
+from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.derived import DerivedCheckpoint
 from peraxis_tools.shown import counted
 
-__all__ = ["ChainState", "NoState", "StateNames"]
+__all__ = ["ChainState", "NoState", "StateNames", "state_after"]
+
+
+def _assets_after(updates: Iterable[pxd.DeltaFile]) -> dict[str, bytes]:
+    """The small files that these updates have, in order: path -> bytes. Of each group the last update that has it."""
+    found: dict[str, bytes] = {}
+    for update in updates:
+        found = with_groups(found, {asset.path: update.asset(asset.path) for asset in update.manifest.assets})
+    return found
+
+
+def state_after(base: Checkpoint, updates: Sequence[pxd.DeltaFile]) -> Checkpoint:
+    """The checkpoint after some updates in order. The caller closes both."""
+    return replace(base, tensors=ChainState(base.tensors, updates), replaced=_assets_after(updates))
 
 
 class ChainState(DerivedCheckpoint):

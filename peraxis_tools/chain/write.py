@@ -14,12 +14,13 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, sequence
+from peraxis_tools.assets import changed_groups
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_all
 from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.chain.siblings import own_turn, refuse_disorder
 from peraxis_tools.chain.sources import local_updates
-from peraxis_tools.chain.state import ChainState, NoState
+from peraxis_tools.chain.state import ChainState, NoState, state_after
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -61,7 +62,7 @@ class UpdateResult:
 
 
 @contextlib.contextmanager
-def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[ChainState, list[Link]]]:
+def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tuple[Checkpoint, list[Link]]]:
     """The state after these updates, in any order; folders, URLs and repositories mean all of theirs.
 
     Raises PxdError, CheckFailedError, ToolError, CheckpointError.
@@ -72,7 +73,7 @@ def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tupl
             files = stack.enter_context(opened_all([link.path for link in ordered]))
             if files:
                 stack.enter_context(predecessor_named(*files))
-            yield ChainState(base.tensors, files), ordered
+            yield state_after(base, files), ordered
 
 
 def update(
@@ -88,7 +89,8 @@ def update(
     """Write the changes from `old` to `new`, bit for bit.
 
     old, new: a folder, a safetensors file or a hub id; the old state is `old` after the updates `after`: files, a
-    folder, a URL or a repository on the hub. output: a path or a URL. prefer: size (the fewest bytes) or speed (the
+    folder, a URL or a repository on the hub. Small files are stored by group (assets.py): all of a group in which one
+    has changed. output: a path or a URL. prefer: size (the fewest bytes) or speed (the
     fastest to apply). progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
     check_choice("prefer", prefer, get_args(pxd.Prefer))
@@ -99,12 +101,11 @@ def update(
         open_checkpoint(new) as fine_tuned,
         open_chain(before, after) as (state, links),
     ):
-        check_pair(Checkpoint(state, before.identity, before.folder), fine_tuned)
-        known = dict(before.assets(checked=False))
-        assets = {path: data for path, data in fine_tuned.assets() if known.get(path) != data}
+        check_pair(state, fine_tuned)
+        assets = changed_groups(dict(state.assets(checked=False)), dict(fine_tuned.assets()))
         job = UpdateJob(
             output=target,
-            old=state,
+            old=state.tensors,
             new=fine_tuned.tensors,
             ids=(before.identity, fine_tuned.identity),
             previous=links[-1].content_id if links else None,
@@ -142,17 +143,17 @@ def compact(
         open_checkpoint(base) as checkpoint,
         open_chain(checkpoint, updates) as (state, links),
     ):
-        assets: dict[str, bytes] = {}
         with pxd.open(links[0].path) as file:
             bound = {entry.name for entry in file.manifest.modules if entry.base is not None}
-        for link in links:
-            with pxd.open(link.path) as file:
-                assets.update({asset.path: file.asset(asset.path) for asset in file.manifest.assets})
-                fine_tuned = file.manifest.fine_tuned
+        with pxd.open(links[-1].path) as file:
+            fine_tuned = file.manifest.fine_tuned
+        assets = dict(state.replaced)
+        if bound:  # an anchor's are relative to nothing
+            assets = changed_groups(dict(checkpoint.assets(checked=False)), dict(state.assets(checked=False)))
         job = UpdateJob(
             output=target,
             old=ChainState(checkpoint.tensors, ()) if bound else NoState(checkpoint.tensors),
-            new=state,
+            new=state.tensors,
             ids=(checkpoint.identity, fine_tuned),
             previous=links[0].previous,
             assets=assets,

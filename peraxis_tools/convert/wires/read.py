@@ -79,9 +79,10 @@ def from_wire(
     with (
         claim_delta(output, overwrite=overwrite, inputs=(source, base, *after)),
         open_checkpoint(base) as before,
-        open_chain(before, after) as (state, links),
-        contextlib.closing(_OPEN[chosen](source, state.size)) as opened,
+        open_chain(before, after) as (after_updates, links),
+        contextlib.closing(_OPEN[chosen](source, after_updates.tensors.size)) as opened,
     ):
+        state = after_updates.tensors
         missing = next((item for item in opened.names if item not in state), None)
         if missing is not None:
             raise CheckFailedError(f"{source}: changes {missing}, which {state.label} lacks; pass the step's base")

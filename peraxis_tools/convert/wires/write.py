@@ -58,10 +58,11 @@ def to_wire(
     with (
         claim(output, overwrite=overwrite, inputs=(delta, base, *after)),
         open_checkpoint(base) as before,
-        open_chain(before, after) as (state, _),
+        open_chain(before, after) as (after_updates, _),
         pxd.open(delta) as file,
     ):
         _refuse_others(file)
+        state = after_updates.tensors
         pxd.check_base_names(file.manifest, state)
         packed, changed, names = [], 0, file.manifest.names()
         with watched(progress, "convert", state.size) as step:
