@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def error_within(
 ) -> str:
     """Check that ||delta - (fine_tuned - base)|| / ||fine_tuned - base|| <= bound. Returns a text with the error.
 
-    Raises CheckFailedError if it is larger or the names of tensors differ, PxdError, CheckpointError.
+    What has no such difference must be equal bit by bit: new rows, integers, tensors that the base has not. Raises
+    CheckFailedError if the error is larger, or if tensors differ in name, dtype, shape or these bits; PxdError,
+    CheckpointError.
     """
     found = diff_checkpoint(
         delta, fine_tuned, base=base, workers=workers, progress=StageOpener(lambda _, total: progress("error", total))
@@ -31,9 +34,18 @@ def error_within(
     if found.only_in_a or found.only_in_b:
         odd = (*found.only_in_a, *found.only_in_b)[0]
         raise CheckFailedError(f"does not have the same tensors as {fine_tuned}, for example {odd}")
-    error = found.total.relative
-    if error is None or not error <= bound:
-        raise CheckFailedError(f"relative error {error:.4g} is above {bound:g}" if error else "has no delta")
+    for module in found.modules:
+        if module.changes:
+            raise CheckFailedError(f"{module.name}: is not that of {fine_tuned}: {module.changes[0]}")
+        if module.distance is None and not module.identical:
+            raise CheckFailedError(f"{module.name}: is not that of {fine_tuned}, bit by bit")
+        if not math.isfinite(module.distance or 0.0):
+            raise CheckFailedError(f"{module.name}: has a weight that is not finite, and not that of {fine_tuned}")
+    error = found.total.relative if found.total.measured else 0.0
+    if error is None:
+        raise CheckFailedError(f"changes weights that {fine_tuned} has as in the base")
+    if not error <= bound:
+        raise CheckFailedError(f"relative error {error:.4g} is above {bound:g}")
     return f"relative error {error:.4g}, at most {bound:g}"
 
 

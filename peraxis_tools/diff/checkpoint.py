@@ -2,7 +2,10 @@
 
     d_A = sum of terms (or exact tensor - base)      d_B = fine-tuned - base      relative = ||d_A - d_B|| / ||d_B||
 
-Norms are of the delta before its last rounding (SPEC 6.1); `identical` compares the weights after it, bit by bit.
+Norms are of the delta before its last rounding (SPEC 6.1); `identical` compares the weights after it, bit by bit. Where
+a weight or its delta is not finite, equal bits count as no distance, and others as an infinite one. Rows that the base
+has not are in no norm; `changes` has the number of those that differ.
+
 Tensors are read in blocks of rows; each base row is read once for both uses.
 """
 
@@ -12,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
@@ -29,6 +33,7 @@ class _Sums:
     same_sign: int = 0
     changed: int = 0
     identical: bool = True
+    changes: tuple[str, ...] = ()
 
 
 def compare_with_checkpoint(
@@ -62,6 +67,7 @@ def compare_with_checkpoint(
         name=name,
         group=group_of(name),
         identical=sums.identical,
+        changes=sums.changes,
         sign_agreement=sums.same_sign / sums.changed if sums.changed and module.components else None,
         norm_a=math.sqrt(sums.square_a),
         norm_b=norm_b,
@@ -83,10 +89,14 @@ def _sums(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors, fine_tuned:
         base_block = base.read(name, chosen)
         wanted_block = fine_tuned.read(name, chosen)
         part = restrict(module, rows) if module.shape else module
-        sums.identical &= np.array_equal(_bits(pxd.reconstruct(part, base_block)), _bits(wanted_block))
+        rebuilt = pxd.reconstruct(part, base_block)
+        sums.identical &= np.array_equal(_bits(rebuilt), _bits(wanted_block))
         plain = pxd.to_float32(base_block, module.base.dtype)
-        delta_b = (pxd.to_float32(wanted_block, module.dtype) - plain).reshape(-1).astype(np.float64)
-        delta_a = delta_rows(module, rows, lambda _, plain=plain: plain).reshape(-1).astype(np.float64)  # type: ignore[misc]
+        with np.errstate(invalid="ignore"):
+            delta_b = (pxd.to_float32(wanted_block, module.dtype) - plain).reshape(-1).astype(np.float64)
+            delta_a = delta_rows(module, rows, lambda _, plain=plain: plain).reshape(-1).astype(np.float64)  # type: ignore[misc]
+        if not (_finite(rebuilt, module.dtype) and np.isfinite(delta_a).all() and np.isfinite(delta_b).all()):
+            _settle_odd(delta_a, delta_b, rebuilt, wanted_block, module.dtype)
         sums.square_a += float(delta_a @ delta_a)
         sums.square_b += float(delta_b @ delta_b)
         sums.square_distance += float(np.square(delta_a - delta_b).sum())
@@ -95,8 +105,30 @@ def _sums(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors, fine_tuned:
         sums.same_sign += int(np.count_nonzero(((delta_a > 0.0) == (delta_b > 0.0)) & changed))
     if module.shape and module.kept < module.shape[0]:
         tail = module.full[module.kept :] if module.full is not None else module.tail
-        sums.identical &= np.array_equal(_bits(tail), _bits(fine_tuned.read(name, slice(module.kept, module.shape[0]))))
+        new = module.shape[0] - module.kept
+        wanted = fine_tuned.read(name, slice(module.kept, module.shape[0]))
+        different = int(np.any(_bits(tail).reshape(new, -1) != _bits(wanted).reshape(new, -1), axis=1).sum())
+        if different:
+            sums.identical, sums.changes = False, (f"{different} of {new} new rows differ",)
     return sums
+
+
+def _finite(array: pxd.Array, dtype: pxd.DType) -> bool:
+    return bool(np.isfinite(pxd.to_float32(array, dtype)).all())
+
+
+def _settle_odd(
+    delta_a: NDArray[np.float64],
+    delta_b: NDArray[np.float64],
+    rebuilt: pxd.Array,
+    wanted: pxd.Array,
+    dtype: pxd.DType,
+) -> None:
+    """Make the deltas comparable where one is not finite: zero for equal weights, else infinitely far apart."""
+    equal = np.all(_bits(rebuilt).reshape(delta_a.size, -1) == _bits(wanted).reshape(delta_a.size, -1), axis=1)
+    odd = ~(np.isfinite(delta_a) & np.isfinite(delta_b) & np.isfinite(pxd.to_float32(rebuilt, dtype).reshape(-1)))
+    delta_a[odd], delta_b[odd] = 0.0, 0.0
+    delta_a[odd & ~equal] = np.inf
 
 
 def _bits(array: pxd.Array | None) -> pxd.Array:

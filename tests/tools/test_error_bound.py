@@ -1,0 +1,120 @@
+"""`verify --max-error` passes for the fine-tune of a delta alone, whatever else a checkpoint changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import peraxis
+import peraxis_format as pxd
+from peraxis_tools.chain import update
+from peraxis_tools.compress import compress
+from peraxis_tools.diff import diff_checkpoint
+from peraxis_tools.errors import CheckFailedError
+from tests.factories import write_checkpoint
+
+Tensors = dict[str, tuple[np.ndarray, pxd.DType]]
+Q, EMBEDDING, NORM, IDS = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "norm.weight", "ids"
+
+
+def values(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture
+def base() -> Tensors:
+    return {
+        EMBEDDING: (values(1, (16, 32)), pxd.DType.F32),
+        Q: (values(2, (32, 32)), pxd.DType.F32),
+        NORM: (values(3, (32,)), pxd.DType.F32),
+        IDS: (np.arange(4, dtype=np.int64), pxd.DType.I64),
+    }
+
+
+@pytest.fixture
+def tuned(base: Tensors) -> Tensors:
+    grown = np.concatenate([base[EMBEDDING][0] + 0.01, values(4, (3, 32))])
+    changed = {Q: base[Q][0] + 0.01 * values(5, (32, 32)), EMBEDDING: grown}
+    return {name: (changed.get(name, array), dtype) for name, (array, dtype) in base.items()}
+
+
+def checked(tmp_path: Path, delta: Path, wanted: Tensors, bound: float) -> Any:
+    write_checkpoint(tmp_path / "wanted", wanted)
+    return peraxis.verify(delta, base=tmp_path / "base", fine_tuned=tmp_path / "wanted", max_error=bound)
+
+
+@pytest.fixture
+def lossless(tmp_path: Path, base: Tensors, tuned: Tensors) -> Path:
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", tuned)
+    update(tmp_path / "base", tmp_path / "tuned", tmp_path / "u.pxd")
+    return tmp_path / "u.pxd"
+
+
+def test_a_lossless_delta_has_no_error(tmp_path: Path, lossless: Path, tuned: Tensors) -> None:
+    assert checked(tmp_path, lossless, tuned, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (EMBEDDING, lambda x: np.concatenate([x[:17], 2 * x[17:]]), "2 of 3 new rows differ"),
+        (EMBEDDING, lambda x: x[:17], "shape 19x32 -> 17x32"),
+        (IDS, lambda x: x + 1, "bit by bit"),
+        (NORM, lambda x: x.astype(np.float16), "dtype F32 -> F16"),
+        (NORM, lambda x: 2 * x, "relative error"),
+        (Q, lambda x: np.where(x == x.max(), np.nan, x), "not finite"),
+    ],
+)
+def test_another_checkpoint_fails(
+    tmp_path: Path, lossless: Path, tuned: Tensors, name: str, change: Any, said: str
+) -> None:
+    array = change(tuned[name][0])
+    other = tuned | {name: (array, pxd.DType.F16 if array.dtype == np.float16 else tuned[name][1])}
+    with pytest.raises(CheckFailedError, match=said):
+        checked(tmp_path, lossless, other, 0.0)
+
+
+def test_the_same_odd_values_are_no_error(tmp_path: Path, base: Tensors, tuned: Tensors) -> None:
+    odd = np.array([np.nan, np.inf, -np.inf, -0.0], np.float32)
+    before, after = base[NORM][0].copy(), base[NORM][0].copy()
+    before[:2], after[:4] = odd[:2], odd
+    write_checkpoint(tmp_path / "base", base | {NORM: (before, pxd.DType.F32)})
+    wanted = tuned | {NORM: (after, pxd.DType.F32)}
+    write_checkpoint(tmp_path / "tuned", wanted)
+    update(tmp_path / "base", tmp_path / "tuned", tmp_path / "u.pxd")
+    assert checked(tmp_path, tmp_path / "u.pxd", wanted, 0.0)
+
+
+def test_a_weight_that_rounding_makes_infinite_is_an_infinite_error(tmp_path: Path) -> None:
+    base = np.full((8, 64), 65000, np.float16)
+    tuned = (base.astype(np.float32) + np.where(values(6, (8, 64)) > 0, 504, -504)).astype(np.float16)
+    write_checkpoint(tmp_path / "base", {Q: (base, pxd.DType.F16)})
+    write_checkpoint(tmp_path / "tuned", {Q: (tuned, pxd.DType.F16)})
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.pxd", masks=1, force=True)
+    # Larger scales than the writer's, as another writer might store them.
+    with pxd.open(tmp_path / "d.pxd") as file:
+        module = file.load(Q)
+    (component,) = module.components
+    from dataclasses import replace
+
+    from tests.factories import write_delta
+
+    large = replace(module, components=(replace(component, exponent=component.exponent + 1),))
+    write_delta(tmp_path / "large.pxd", [large])
+    (found,) = diff_checkpoint(tmp_path / "large.pxd", tmp_path / "tuned", base=tmp_path / "base").modules
+    assert found.distance == np.inf
+    with pytest.raises(CheckFailedError, match="not finite"):
+        peraxis.verify(tmp_path / "large.pxd", base=tmp_path / "base", fine_tuned=tmp_path / "tuned", max_error=10.0)
+
+
+def test_a_delta_without_changes_passes_for_its_base_alone(tmp_path: Path, base: Tensors, tuned: Tensors) -> None:
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "same", base)
+    update(tmp_path / "base", tmp_path / "same", tmp_path / "u.pxd")
+    assert checked(tmp_path, tmp_path / "u.pxd", base, 0.0)
+    with pytest.raises(CheckFailedError, match="relative error 1 "):
+        checked(tmp_path, tmp_path / "u.pxd", base | {Q: tuned[Q]}, 0.5)
