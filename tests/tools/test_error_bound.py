@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import pytest
 import peraxis
 import peraxis_format as pxd
 from peraxis_tools.chain import update
-from peraxis_tools.compress import compress
 from peraxis_tools.diff import diff_checkpoint
 from peraxis_tools.errors import CheckFailedError
-from tests.factories import write_checkpoint
+from tests.factories import sign_module, write_checkpoint, write_delta
 
 Tensors = dict[str, tuple[np.ndarray, pxd.DType]]
 Q, EMBEDDING, NORM, IDS = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "norm.weight", "ids"
@@ -94,21 +94,14 @@ def test_a_weight_that_rounding_makes_infinite_is_an_infinite_error(tmp_path: Pa
     tuned = (base.astype(np.float32) + np.where(values(6, (8, 64)) > 0, 504, -504)).astype(np.float16)
     write_checkpoint(tmp_path / "base", {Q: (base, pxd.DType.F16)})
     write_checkpoint(tmp_path / "tuned", {Q: (tuned, pxd.DType.F16)})
-    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "d.pxd", masks=1, force=True)
-    # Larger scales than the writer's, as another writer might store them.
-    with pxd.open(tmp_path / "d.pxd") as file:
-        module = file.load(Q)
-    (component,) = module.components
-    from dataclasses import replace
-
-    from tests.factories import write_delta
-
-    large = replace(module, components=(replace(component, exponent=component.exponent + 1),))
-    write_delta(tmp_path / "large.pxd", [large])
-    (found,) = diff_checkpoint(tmp_path / "large.pxd", tmp_path / "tuned", base=tmp_path / "base").modules
+    signs = sign_module(np.random.default_rng(7), Q, base, base_dtype=pxd.DType.F16, axes=(pxd.Axis.TENSOR,))
+    (component,) = signs.components
+    large = replace(component, exponent=11, scalar=np.ones(1, np.float16))
+    write_delta(tmp_path / "d.pxd", [replace(signs, components=(large,))])
+    (found,) = diff_checkpoint(tmp_path / "d.pxd", tmp_path / "tuned", base=tmp_path / "base").modules
     assert found.distance == np.inf
     with pytest.raises(CheckFailedError, match="not finite"):
-        peraxis.verify(tmp_path / "large.pxd", base=tmp_path / "base", fine_tuned=tmp_path / "tuned", max_error=10.0)
+        peraxis.verify(tmp_path / "d.pxd", base=tmp_path / "base", fine_tuned=tmp_path / "tuned", max_error=10.0)
 
 
 def test_a_delta_without_changes_passes_for_its_base_alone(tmp_path: Path, base: Tensors, tuned: Tensors) -> None:

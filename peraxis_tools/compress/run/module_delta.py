@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+import numpy as np
+
 from peraxis_format import (
     Array,
     BaseRef,
@@ -13,6 +17,8 @@ from peraxis_format import (
     ShapeError,
     digest_of,
     lossless_module,
+    reconstruct,
+    to_float32,
 )
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.options import AUTO, CompressOptions
@@ -20,8 +26,12 @@ from peraxis_tools.compress.plan.finite import check_finite
 from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
+from peraxis_tools.notes import note
+from peraxis_tools.rows import restrict, row_blocks
 
 __all__ = ["module_delta"]
+
+_F16_MAX: Final = 65504.0
 
 
 def module_delta(
@@ -63,11 +73,28 @@ def module_delta(
             check_finite(module, base_array, tuned_array, base.label, fine_tuned.label)
             raise
     delta = _signed(module, ref, components, tail)
+    if components and _overflows(delta, base_array[:kept], module.base_dtype):
+        note(f"{module.name}: is stored exactly, because signs would make a weight infinite in F16")
+        return _lossless(module, base_array, ref, tuned_array, options), None
     if options.exact == AUTO:
         lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _payload_bytes(lossless) < _payload_bytes(delta):
             return lossless, None
     return delta, report
+
+
+def _overflows(delta: ModuleDelta, base: Array, base_dtype: DType) -> bool:
+    """Whether a rebuilt weight of finite ones is infinite: in F16 alone, because check_finite bounds the others.
+
+    base: the covered rows. They are rebuilt only if the largest of them and the largest scales could exceed the range.
+    """
+    if delta.dtype is not DType.F16:
+        return False
+    largest = max(sum(float(c.row.max() * c.col.max()) for c in components) for components in delta.factors())
+    if float(np.abs(to_float32(base, base_dtype)).max()) + largest < _F16_MAX:
+        return False
+    rebuilt = (reconstruct(restrict(delta, rows), base[rows]) for rows in row_blocks(delta.covered))
+    return not all(np.isfinite(to_float32(block, DType.F16)).all() for block in rebuilt)
 
 
 def _mean(module: PlannedModule, base: Array, tuned: Array, base_dtype: DType) -> tuple[Component, ...]:
