@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peraxis_tools.compress import compress
 from tests.processes import fork
@@ -108,6 +110,25 @@ def test_a_work_folder_of_other_options_is_not_continued(pair: tuple[Path, Path,
     (work / "embedding.json").write_text("[]")
     compress(base, tuned, tmp_path / "delta.pxd", calibration=str(text), **FEW)
     assert (tmp_path / "delta.pxd").read_bytes() == (tmp_path / "plain.pxd").read_bytes()
+
+
+def test_a_run_is_not_continued_for_another_fine_tune_of_the_same_size_and_time(
+    pair: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, tuned, text = pair
+    other = shutil.copytree(tuned, tmp_path / "other")
+    tensors = {name: 1.5 * tensor for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    before = (tuned / "model.safetensors").stat()
+    os.utime(other / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (other / "model.safetensors").stat().st_size == before.st_size
+    options = {"calibration": str(text), **FEW}
+    compress(base, other, tmp_path / "whole.pxd", **options)
+    run = Killable(base, tuned, tmp_path / "delta.pxd", options)
+    run.run(part="block-00001.json")
+    assert run.work.exists()
+    compress(base, other, run.output, **options)
+    assert run.output.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
 
 
 def test_where_teacher_states_are_kept_changes_no_byte(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -94,14 +94,16 @@ def inputs_digest(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str:
-    """The digest of the inputs: tensors (name, shape, offset, size and time of their file), text, options, version."""
+    """The digest of the inputs: tensors, text, options, version. Of a tensor: name, dtype, shape and offset, and of its
+    file size, inode and times. The time of change is the system's own: copies and unpacked archives of two checkpoints
+    may have equal sizes and times of modification.
+    """
     digest = hashlib.sha256()
     for tensors in (base, fine_tuned):
         for info in tensors.infos():
             status = info.file.stat()
-            digest.update(
-                f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{status.st_size}|{status.st_mtime_ns}\n".encode()
-            )
+            file = f"{status.st_size}|{status.st_ino}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+            digest.update(f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{file}\n".encode())
     digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
     return digest.hexdigest()
 
