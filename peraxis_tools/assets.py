@@ -23,8 +23,18 @@ from typing import Final, Literal, TypeAlias
 from peraxis_format import ASSET_PATH
 from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
+from peraxis_tools.shown import printable_name
 
-__all__ = ["LEFT_BEHIND", "FolderAssets", "Group", "asset_group", "changed_groups", "find_assets", "with_groups"]
+__all__ = [
+    "LEFT_BEHIND",
+    "FolderAssets",
+    "Group",
+    "asset_group",
+    "changed_groups",
+    "find_assets",
+    "left_behind",
+    "with_groups",
+]
 
 _ASSET_BYTES_MAX: Final = 64 << 20
 LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line
@@ -159,6 +169,11 @@ def find_assets(folder: Path) -> FolderAssets:
         elif not _BYPRODUCTS.fullmatch(path.name) or ("/" in name and path.suffix in _WEIGHTS):
             left.append(name)
     return FolderAssets(folder=folder, carried=tuple(sorted(carried)), left=tuple(sorted(left)))
+
+
+def left_behind(assets: FolderAssets) -> str:
+    """The metadata LEFT_BEHIND: the files that are left out, a line each."""
+    return "".join(f"{printable_name(path)}\n" for path in assets.left)
 
 
 def _is_index(name: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,12 @@ import pytest
 import peraxis_format as pxd
 from peraxis_tools.assets import FolderAssets
 from peraxis_tools.checkpoint import open_checkpoint
-from peraxis_tools.compress import Plan, compress
+from peraxis_tools.compress import CompressResult, Plan, compress
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan import size
+from peraxis_tools.compress.plan import record, size
 from peraxis_tools.compress.plan.plan import plan
 from peraxis_tools.errors import ToolError
-from tests.tools.compress_pairs import llama_config, write_pair
+from tests.tools.compress_pairs import FEW, llama_config, write_pair, write_text
 
 
 @pytest.mark.parametrize("bits", [1, 2])
@@ -67,7 +69,7 @@ def test_a_header_that_no_reader_takes_is_refused_before_work(tmp_path: Path, mo
             options=options,
         )
         with pytest.raises(ToolError, match=r"do not fit into one header .*use fewer masks"):
-            size.with_file_bytes(planned, a, b, options)
+            size.with_file_bytes(planned, b, options)
 
 
 def test_a_run_reads_each_asset_twice_however_often_it_predicts_a_size(
@@ -84,3 +86,22 @@ def test_a_run_reads_each_asset_twice_however_often_it_predicts_a_size(
     monkeypatch.setattr(FolderAssets, "read", counted)
     compress(base, tuned, tmp_path / "delta.pxd", fit="none", force=True)
     assert seen["tokenizer.json"] == 2  # for the plan, and for the file
+
+
+@pytest.mark.parametrize("most", [100_000, 103_000])
+def test_notes_of_a_fit_never_make_a_file_larger_than_its_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Each module has a note, of a few hundred bytes, which the plan cannot foretell."""
+    base, tuned = write_pair(tmp_path, llama_config(num_hidden_layers=20))
+    text = write_text(tmp_path / "text.jsonl")
+    real = record.report_text
+
+    def longer(names: Sequence[str], lines: Mapping[str, record.Line]) -> str:
+        noted = any(line[3] for line in lines.values())
+        return real(names, {name: (*line[:3], "a note " * 40 * noted) for name, line in lines.items()})
+
+    monkeypatch.setattr(sys.modules[CompressResult.__module__], "report_text", longer)
+    made = compress(base, tuned, tmp_path / "d.pxd", calibration=str(text), target_size=most, **FEW)
+    assert made.notes
+    assert (tmp_path / "d.pxd").stat().st_size <= most

@@ -22,7 +22,7 @@ from peraxis_tools.compress.plan.plan import TABLES, UNCHANGED, Plan, PlannedMod
 from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.size import predicted_size
 
-__all__ = ["Choice", "allocate", "is_open", "spend"]
+__all__ = ["Choice", "allocate", "is_open", "spend", "target_of"]
 
 # Header bytes of a component: its pair in the manifest.
 _COMPONENT_TEXT = 20
@@ -98,13 +98,11 @@ def _smallest(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
     return {name: _hull(options)[0] for name, options in choices.items()}
 
 
-def _target_of(plan: Plan, options: CompressOptions) -> int:
-    """The bytes to spend: the options' target, or the size of the file of this plan."""
+def target_of(plan: Plan, options: CompressOptions) -> int | None:
+    """The most bytes of the file, if the options have a target."""
     if options.target_size is not None:
         return options.target_size
-    if options.target_ratio is not None:
-        return int(plan.full_bytes / options.target_ratio)
-    return predicted_size(plan, options)
+    return None if options.target_ratio is None else int(plan.full_bytes / options.target_ratio)
 
 
 def spend(plan: Plan, errors: Mapping[str, Sequence[float]], options: CompressOptions) -> Plan:
@@ -112,7 +110,9 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], options: CompressOp
 
     Raises OptionError for a target that is too small.
     """
-    target = _target_of(plan, options)
+    target = target_of(plan, options)
+    if target is None:
+        target = predicted_size(plan, options)  # of the plan without prices
     choices = {
         module.name: _choices_of(module, errors[module.name])
         if module.name in errors

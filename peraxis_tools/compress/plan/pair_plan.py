@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from peraxis_tools.assets import left_behind
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.casts import with_casts
@@ -26,8 +27,13 @@ def plan_pair(base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions
     )
     foreign = [name for name in base.tensors.foreign if name not in fine_tuned.tensors]
     planned = replace(planned, dropped=tuple(sorted((*planned.dropped, *foreign))))
-    assets = tuple((path, len(data)) for path, data in fine_tuned.assets())
-    return with_casts(replace(planned, assets=assets), base.tensors, fine_tuned.tensors)
+    planned = replace(
+        planned,
+        assets=tuple((path, len(data)) for path, data in fine_tuned.assets()),
+        identities=(base.identity, fine_tuned.identity),
+        left_behind=left_behind(fine_tuned.folder_assets()),
+    )
+    return with_casts(planned, base.tensors, fine_tuned.tensors)
 
 
 def with_text(options: CompressOptions, fine_tuned: Checkpoint) -> CompressOptions:

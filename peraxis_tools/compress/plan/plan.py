@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from peraxis_format import Axis, DType, Encoding, payload_size, tensor_shapes
+from peraxis_format import Axis, DType, Encoding, Identity, payload_size, tensor_shapes
 from peraxis_tools.compress.options import AUTO, EVERYTHING, CompressOptions, OptionError
 from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
@@ -78,7 +78,8 @@ class PlannedModule:
 class Plan:
     """All modules in execution order, aliases, and the base's tensors that the fine-tuned checkpoint lacks.
 
-    assets: path and bytes of each file of the fine-tuned folder that the delta contains (SPEC 3.12).
+    assets: path and bytes of each file of the fine-tuned folder that the delta contains (SPEC 3.12). identities: those
+    of base and fine-tune; None: not known yet. left_behind: the metadata of that name (assets.py).
     file_bytes: the predicted size of the file, with header and assets; None: not computed yet (size.py).
     """
 
@@ -86,6 +87,8 @@ class Plan:
     tied: tuple[tuple[str, str], ...]
     dropped: tuple[str, ...]
     assets: tuple[tuple[str, int], ...] = ()
+    identities: tuple[Identity, Identity] | None = None
+    left_behind: str = ""
     file_bytes: int | None = None
 
     @property

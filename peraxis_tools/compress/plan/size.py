@@ -10,6 +10,7 @@ from peraxis_format import (
     Axis,
     BaseIdentity,
     BaseRef,
+    Calibration,
     ComponentEntry,
     Encoding,
     Identity,
@@ -21,6 +22,7 @@ from peraxis_format import (
     header_bytes,
     layout,
 )
+from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
@@ -32,6 +34,8 @@ __all__ = ["predicted_size", "with_file_bytes"]
 
 _NONE: Final = "0" * 64
 _EXPONENT: Final = -20  # typical: two digits and a sign
+_SOURCE: Final = 160  # characters that the record of a text has beyond its name
+_UNKNOWN: Final = Identity(id="x" * 80)
 _LINE: Final[Line] = (1.23e-05, 1.23e-05, 0.00123, "")
 
 
@@ -40,13 +44,9 @@ def predicted_size(plan: Plan, options: CompressOptions) -> int:
     return file_size(_manifest(plan, options), _asset_bytes(plan))
 
 
-def with_file_bytes(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
+def with_file_bytes(plan: Plan, fine_tuned: Checkpoint, options: CompressOptions) -> Plan:
     """The plan with the size of its file. Raises ToolError if the header would be too large for a reader."""
-    manifest = replace(
-        _manifest(plan, options),
-        base=BaseIdentity(digest=f"sha256:{_NONE}", id=base.identity.id, revision=base.identity.revision),
-        fine_tuned=fine_tuned.identity,
-    )
+    manifest = _manifest(plan, options)
     try:
         header_bytes(manifest.to_bytes(), layout(manifest.modules, _asset_bytes(plan)))
     except PxdError as error:
@@ -65,11 +65,19 @@ def _manifest(plan: Plan, options: CompressOptions) -> Manifest:
     names = [module.name for module in plan.modules]
     fitted = {module.name: _LINE for module in plan.modules if module.components}
     metadata = {CONFIG_KEY: options.canonical_json(), PLAN_KEY: plan_text(plan)}
+    calibration = None
     if options.resolved_fit != "none":
         metadata[REPORT_KEY] = report_text(names, fitted)
+        given = options.calibration or ()
+        source = "x" * (_SOURCE + sum(map(len, (given,) if isinstance(given, str) else given)))
+        calibration = Calibration(digest=_NONE, samples=9999, seed=options.seed, sequence_length=9999, source=source)
+    if plan.left_behind:
+        metadata[LEFT_BEHIND] = plan.left_behind
+    base, fine_tuned = plan.identities or (_UNKNOWN, _UNKNOWN)
     return Manifest(
-        base=BaseIdentity(digest=f"sha256:{_NONE}", id="x" * 80),
-        fine_tuned=Identity(id="x" * 80),
+        base=BaseIdentity(digest=f"sha256:{_NONE}", id=base.id, revision=base.revision),
+        fine_tuned=fine_tuned,
+        calibration=calibration,
         producer=Producer(name="peraxis", version="0.0.0"),
         modules=tuple(_entry(module) for module in plan.modules),
         tied=plan.tied,

@@ -92,7 +92,7 @@ def estimate_run(
         planned = plan_pair(base_checkpoint, tuned, options)
         if options.has_target:
             planned = spend(planned, _typical_errors(planned, options), options)
-        planned = with_file_bytes(planned, base_checkpoint, tuned, options)
+        planned = with_file_bytes(planned, tuned, options)
         text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options, asked=asked)
         spent = time.process_time()
     held, machine = held_bytes(), machine_memory()

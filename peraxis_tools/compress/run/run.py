@@ -29,7 +29,7 @@ from peraxis_tools.blocks import count_blocks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.completeness import note_missing
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.budget import is_open, spend
+from peraxis_tools.compress.plan.budget import is_open, spend, target_of
 from peraxis_tools.compress.plan.finite import check_pair_finite
 from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
@@ -48,7 +48,6 @@ from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, StagedProgress, watched_stages
-from peraxis_tools.shown import printable_name
 from peraxis_tools.text import check_calibration
 from peraxis_tools.threads import one_blas_thread
 
@@ -206,14 +205,14 @@ def _spent(planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: Com
     except ShapeError:  # values that are NaN or infinite; the check names the tensor and the index
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
         raise
-    return with_file_bytes(spend(planned, errors, options), base, fine_tuned, options)
+    return with_file_bytes(spend(planned, errors, options), fine_tuned, options)
 
 
 def _foretold(
     planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, *, force: bool
 ) -> Plan:
     """The plan with the size of its file, whose saving is checked."""
-    planned = with_file_bytes(planned, base, fine_tuned, options)
+    planned = with_file_bytes(planned, fine_tuned, options)
     check_saving(planned, base, fine_tuned, size=planned.file_bytes or 0, force=force)
     return planned
 
@@ -263,23 +262,35 @@ def _write(
             writer.tie(name, alias)
         for name in planned.dropped:
             writer.drop(name)
-        assets = fine_tuned.folder_assets()
-        for path in assets.carried:
-            writer.add_asset(path, assets.read(path))
-        if assets.left:
-            writer.metadata[LEFT_BEHIND] = "".join(f"{printable_name(path)}\n" for path in assets.left)
+        for path, data in fine_tuned.assets():
+            writer.add_asset(path, data)
+        if planned.left_behind:
+            writer.metadata[LEFT_BEHIND] = planned.left_behind
         writer.metadata[CONFIG_KEY] = options.canonical_json()
         writer.metadata[PLAN_KEY] = plan_text(planned)
-        names = [module.name for module in planned.modules]
-        lines = {n: (r.error, r.error_none, r.error_same, r.note) for n, r in reports.items()}
-        if said := report_text(names, lines):
-            writer.metadata[REPORT_KEY] = said
         writer.metadata.update(fit.metadata)
+        _add_report(writer, planned, reports, target_of(planned, options))
         if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         for checkpoint in (base, fine_tuned):
             checkpoint.tensors.check_unchanged()
         return writer.finish(), writer.size, blocks
+
+
+def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, ModuleReport], target: int | None) -> None:
+    """Add the report of the fit; without its notes, or not at all, where the file would exceed the target.
+
+    The plan knows the size of the errors, but not which modules will have a note.
+    """
+    names = [module.name for module in planned.modules]
+    lines = {n: (r.error, r.error_none, r.error_same, r.note) for n, r in reports.items()}
+    for said in (report_text(names, lines), report_text(names, {n: (*line[:3], "") for n, line in lines.items()}), ""):
+        writer.metadata.pop(REPORT_KEY, None)
+        if said:
+            writer.metadata[REPORT_KEY] = said
+        if target is None or writer.file_size() <= target:
+            return
+    note(f"{writer.path}: {writer.file_size()} bytes, above the target of {target}")
 
 
 def _result(
