@@ -104,12 +104,7 @@ def publish(
     files = {path.name: path for path in (*paths, *(bundle for bundle in bundles if os.path.isfile(bundle)))}
     before = _in_folder(dry_run) if dry_run is not None else _on_hub(repository, revision)
     card = card_text(
-        repository,
-        told,
-        existing=before.card,
-        fine_tuned_card=_readme(card_from),
-        license=license,
-        relation=relation,
+        repository, told, existing=before.card, fine_tuned_card=_readme(card_from), license=license, relation=relation
     )
     attributes = _with_line(before.attributes, _ATTRIBUTES)
     url = None
