@@ -77,6 +77,7 @@ def sign(
         signing = _library().signing
         with _clear(f"{file}: cannot be signed with {private_key}", ToolError), stages("sign", None):
             config = signing.Config().set_hashing_config(_hashing(bundle))
+            _check_elliptic(private_key, password)
             if certificate is None:
                 config.use_elliptic_key_signer(private_key=private_key, password=password)
             else:
@@ -89,6 +90,16 @@ def sign(
     return SignResult(
         path=file, content_id=content_id, bundle=bundle, method="key" if certificate is None else "certificate"
     )
+
+
+def _check_elliptic(private_key: Path, password: str | None) -> None:
+    """Raise ValueError for a key of another kind, which the library does not name. Raises what cryptography raises."""
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = load_pem_private_key(private_key.read_bytes(), None if password is None else password.encode())
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise ValueError("it is no elliptic-curve key; make one with `openssl ecparam -genkey -noout -name prime256v1`")
 
 
 def _signed(config: Any, file: Path) -> bytes:

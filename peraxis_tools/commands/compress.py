@@ -204,6 +204,7 @@ def command(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
             base_id=base_id,
+            force=force,
         )
         emit(found, render_dry_run, schema="peraxis.compress-dry-run/1", as_json=as_json)
         return

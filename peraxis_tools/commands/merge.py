@@ -55,7 +55,7 @@ def _numbers(_: click.Context, __: click.Parameter, value: str | None) -> tuple[
 @click.option(
     "--base",
     metavar="FOLDER|ID",
-    help="The base. It is needed for exact tensors, except for a sum of equal ones with weights that sum to 1.",
+    help="The base. It is needed for exact tensors, except for a sum of equal whole ones with weights that sum to 1.",
 )
 @click.option("--name", help="The name of the merged checkpoint.")
 @overwrite_option

@@ -162,7 +162,7 @@ class CompressOptions:
                 raise OptionError(f"{name} {getattr(self, name)}: must be {least:.16g} to {most:.16g}")
         if not 0.0 <= self.held_out < 1.0:
             raise OptionError(f"held_out {self.held_out}: must be at least 0 and below 1")
-        if self.calibration is None and (self.fit not in ("auto", "none") or self.distill_samples):
+        if self.calibration is None and self.fit != "none" and (self.fit != "auto" or self.distill_samples):
             raise OptionError("this fit needs a text; give calibration (--calibration c4, a datasets id, or a file)")
         if self.target_size is not None and self.target_ratio is not None:
             raise OptionError("target_size (--target-size) excludes target_ratio (--target-ratio); give one of them")

@@ -39,7 +39,7 @@ class Route:
 
 
 _TIED: Final = "is tied, and PEFT would adapt only one of the two"
-_FUSED: Final = "is a part of a parameter in transformers' model (fused experts), in an order that PEFT cannot adapt"
+_FUSED: Final = "is no parameter of transformers' model (unknown, or a part of fused experts); PEFT cannot adapt it"
 
 
 def _unchanged(entry: pxd.ModuleEntry) -> bool:

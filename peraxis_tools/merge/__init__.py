@@ -27,7 +27,7 @@ from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rows import base_rows
-from peraxis_tools.shown import counted
+from peraxis_tools.shown import counted, listed
 from peraxis_tools.unpacked import UnpackedFile, unpacked
 from peraxis_tools.whole_tensors import full_bytes, note_whole
 
@@ -113,9 +113,10 @@ def merge(
 
     weights: one for each delta. mixture: the method, by default the weighted sum. masks: the number of masks of a
     module in the result. None keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the
-    inputs' masks, at most 8. base: the checkpoint of the base. It is needed for exact tensors,
-    except for a sum of equal ones with weights that sum to 1. name: the name of the merged checkpoint. progress: called
-    with numbers of payload bytes of the inputs, or True for a bar. Raises CheckFailedError for different bases,
+    inputs' masks, at most 8. base: the checkpoint of the base. It is needed for exact tensors, except for a sum of
+    equal whole ones (`full`) with weights that sum to 1. name: the name of the merged checkpoint. progress: called with
+    numbers of payload bytes of the inputs, or True for a bar. The small files (configuration, tokenizer) are those of
+    the input with the largest weight; a note says where they differ. Raises CheckFailedError for different bases,
     ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
@@ -305,12 +306,16 @@ def _add_all(
 
 
 def _add_rest(writer: pxd.DeltaWriter, files: Sequence[pxd.DeltaFile], weights: Sequence[float]) -> None:
-    """Add aliases and dropped names, and the assets of the input with the largest weight."""
+    """Add aliases and dropped names, and the assets of the input with the largest weight; note those that differ."""
     manifest = files[0].manifest
     for name, alias in manifest.tied:
         writer.tie(name, alias)
     for name in manifest.dropped:
         writer.drop(name)
     main = max(zip(files, weights, strict=True), key=lambda pair: pair[1])[0]
+    taken = set(main.manifest.assets)
+    odd = sorted({asset.path for file in files for asset in taken ^ set(file.manifest.assets)})
+    if odd:
+        note(f"{writer.path}: the inputs differ in {listed(odd)}; the small files of {main.path} are taken")
     for asset in main.manifest.assets:
         writer.add_asset(asset.path, main.asset(asset.path))

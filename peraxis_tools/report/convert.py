@@ -44,7 +44,8 @@ def render_lora(result: LoraResult, console: Console) -> None:
     console.print(f"[bold green]converted[/]  {text(result.path)}  {size(result.bytes)}, a LoRA adapter for PEFT")
     console.print(f"rank       {min(ranks)}" + (f" to {max(ranks)}" if max(ranks) > min(ranks) else ""))
     of = counted(len(result.modules), "module")
-    of += f" and the {len(result.left_out)} that are left out" if result.left_out else ""
+    counted_out = len(result.left_out) - result.uncounted
+    of += f" and {counted_out} that are left out" if counted_out else ""
     console.print(
         f"fidelity   relative error [bold]{result.error:.4g}[/] over {of} "
         f"({100 * (1 - result.error**2):.1f}% of the square norm kept)"
@@ -54,7 +55,10 @@ def render_lora(result: LoraResult, console: Console) -> None:
     if result.biases:
         console.print(f"biases     {len(result.biases)}, loaded into the base's layers (bias=all)")
     if result.uncounted:
-        console.print(f"uncounted  {result.uncounted} exact tensors are left out; pass --base to count them")
+        console.print(
+            f"uncounted  {result.uncounted} of those that are left out, in no figure: exact tensors that are new, or "
+            "whose delta only --base tells"
+        )
     for item in result.left_out[:_SHOWN]:
         console.print(f"[yellow]left out[/]   {text(item.name)}: {text(item.reason)}")
     if len(result.left_out) > _SHOWN:

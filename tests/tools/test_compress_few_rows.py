@@ -66,3 +66,18 @@ def test_signed_zeros_alone_are_a_change(tmp_path: Path) -> None:
     tensors[MATRIX][5] = -torch.zeros_like(tensors[MATRIX][5])
     save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
     compress(base, tuned, tmp_path / "d.pxd", force=True)  # has a price, and no error
+
+
+@pytest.mark.parametrize(("rows", "told"), [(range(2), True), (range(2048), False)])
+def test_where_few_weights_changed_a_note_names_the_smaller_encoding(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: range, told: bool
+) -> None:
+    base, tuned = with_few_rows(tmp_path, {MATRIX: tuple(rows)}, tied=True)
+    signed = compress(base, tuned, tmp_path / "signed.pxd", force=True, masks=4)
+    notes = [record.message for record in caplog.records if "few weights changed" in record.message]
+    assert bool(notes) is told
+    if told:
+        assert "in 1 tensor " in notes[0]
+        exact = compress(base, tuned, tmp_path / "exact.pxd", exact="auto", force=True)
+        saved = int(notes[0].split("in about ")[1].split()[0])
+        assert signed.bytes - exact.bytes == pytest.approx(saved, abs=4096)

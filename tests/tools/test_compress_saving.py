@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peraxis_tools.compress import Plan, compress
+from peraxis_tools.compress import CompressOptions, Plan, compress
+from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.errors import ToolError
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
@@ -77,3 +78,14 @@ def test_a_quantised_pair_is_refused_with_its_reason_and_remedy(tmp_path: Path, 
 def test_a_lossless_delta_is_asked_for_whatever_it_takes(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, 32)
     assert compress(base, tuned, tmp_path / "d.pxd", fit="none", exact=".*").ratio < 1.25
+
+
+def test_a_dry_run_says_that_the_run_needs_force(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, tuned = pair(tmp_path, 32)
+    options = CompressOptions(fit="none")
+    said = estimate_run(base, tuned, options=options)
+    (told,) = (record.message for record in caplog.records if "needs force" in record.message)
+    assert f"would take {said.bytes} of 4096 bytes" in told
+    caplog.clear()
+    estimate_run(base, tuned, options=options, force=True)
+    assert not any("force" in record.message for record in caplog.records)

@@ -181,3 +181,21 @@ def test_the_command_merges_and_says_so(tmp_path: Path) -> None:
     assert json.loads(shown.stdout)["kind"] == "sum"
     fitted = CliRunner().invoke(command, [*paths, "--method", "ties", "--masks", "2", "-o", out, "--overwrite"])
     assert "relative error of the fit" in fitted.stdout
+
+
+def test_a_merge_of_inputs_with_different_small_files_says_whose_it_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, a, b = pair_of_deltas(3, (8, 16), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    same = {"config.json": b"{}"}
+    first = write_delta(tmp_path / "a.pxd", [a], assets=same | {"tokenizer.json": b"{1}"})
+    second = write_delta(tmp_path / "b.pxd", [b], assets=same | {"tokenizer.json": b"{2}"})
+    merge([first, second], tmp_path / "m.pxd", weights=[0.4, 0.6])
+    (told,) = (record.message for record in caplog.records if "small files" in record.message)
+    assert "differ in tokenizer.json; " in told
+    assert str(second) in told
+    with pxd.open(tmp_path / "m.pxd") as file:
+        assert file.asset("tokenizer.json") == b"{2}"
+    caplog.clear()
+    merge([first, first], tmp_path / "n.pxd", weights=[0.5, 0.5])
+    assert not any("small files" in record.message for record in caplog.records)

@@ -60,7 +60,7 @@ def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_lab
     raise ToolError(
         f"{name}: {module.name} holds {_kind(array[tuple(at)], dtype)} at {at} ({int(bad.sum())} of {array.size} "
         "values are not finite, or above 2^40); repair or fetch the checkpoint again, or keep its bits with exact "
-        f"(--exact {shlex.quote(re.escape(module.name))})"
+        f"(--exact {shlex.quote(re.escape(module.name))}; join several names with |)"
     )
 
 

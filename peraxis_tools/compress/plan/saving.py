@@ -14,7 +14,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.notes import note
 from peraxis_tools.whole_tensors import SAVING_MIN
 
-__all__ = ["check_saving", "saves"]
+__all__ = ["check_saving", "note_saving", "saves"]
 
 
 def saves(plan: Plan, size: int) -> bool:
@@ -26,6 +26,19 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: 
     """Raise ToolError if a file of `size` bytes saves little, with the reason; with force this is only a note."""
     if saves(plan, size):
         return
+    message = _little_saved(plan, base, fine_tuned, size)
+    if not force:
+        raise ToolError(f"{message}, or pass force (--force)")
+    note(message)
+
+
+def note_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: int) -> None:
+    """Note that a run would refuse to write a file of `size` bytes, if it would."""
+    if not saves(plan, size):
+        note(f"{_little_saved(plan, base, fine_tuned, size)}, so the run needs force (--force)")
+
+
+def _little_saved(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, size: int) -> str:
     reason, count = _largest_loss(plan)
     why = quantised_side(base, fine_tuned)
     if why is None and plan.full_bytes >= SAVING_MIN * plan.payload_bytes:
@@ -34,10 +47,7 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: 
     if why is None and reason == WITHIN_BUDGET:
         why = "the target allows that many; ask for fewer"
     why = why or f"{count} tensors are stored whole ({reason}); check that this is the base"
-    message = f"{fine_tuned.tensors.label}: a delta would take {size} of {plan.full_bytes} bytes: {why}"
-    if not force:
-        raise ToolError(f"{message}, or pass force (--force)")
-    note(message)
+    return f"{fine_tuned.tensors.label}: a delta would take {size} of {plan.full_bytes} bytes: {why}"
 
 
 def _largest_loss(plan: Plan) -> tuple[str, int]:

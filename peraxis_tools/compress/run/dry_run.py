@@ -23,6 +23,7 @@ from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.price import MASKS_MAX
+from peraxis_tools.compress.plan.saving import note_saving
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.memory import held_bytes, machine_memory
 from peraxis_tools.errors import ToolError
@@ -78,8 +79,12 @@ def estimate_run(
     base_revision: str | None = None,
     fine_tuned_revision: str | None = None,
     base_id: str | None = None,
+    force: bool = False,
 ) -> RunEstimate:
-    """Estimate a run of `compress` on this pair. Raises ToolError as `compress` does before its work."""
+    """Estimate a run of `compress` on this pair. Raises ToolError as `compress` does before its work.
+
+    A note says that the run would be refused without `force`, because it saves little.
+    """
     if options.resolved_fit != "none":
         require(f"--fit {options.resolved_fit}", "torch", "transformers", "datasets", extra="compress")
     with (
@@ -93,6 +98,8 @@ def estimate_run(
         if options.has_target:
             planned = spend(planned, _typical_errors(planned, options), options)
         planned = with_file_bytes(planned, tuned, options)
+        if not force:
+            note_saving(planned, base_checkpoint, tuned, size=planned.file_bytes or 0)
         text, config = (None, None) if options.resolved_fit == "none" else _text(planned, tuned, options, asked=asked)
         spent = time.process_time()
     held, machine = held_bytes(), machine_memory()

@@ -15,6 +15,7 @@ from peraxis_format import (
     ModuleDelta,
     Safetensors,
     ShapeError,
+    count_changed,
     digest_of,
     lossless_module,
     reconstruct,
@@ -29,7 +30,7 @@ from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.notes import note
 from peraxis_tools.rows import restrict, row_blocks
 
-__all__ = ["module_delta"]
+__all__ = ["exact_saving", "module_delta"]
 
 _F16_MAX: Final = 65504.0
 
@@ -76,11 +77,24 @@ def module_delta(
     if components and _overflows(delta, base_array[:kept], module.base_dtype):
         note(f"{module.name}: is stored exactly, because signs would make a weight infinite in F16")
         return _lossless(module, base_array, ref, tuned_array, options), None
-    if options.exact == AUTO:
+    if options.exact == AUTO:  # otherwise exact_saving says what this would save
         lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _payload_bytes(lossless) < _payload_bytes(delta):
             return lossless, None
     return delta, report
+
+
+def exact_saving(delta: ModuleDelta, base: Safetensors, fine_tuned: Safetensors) -> int:
+    """About the bytes that the encoding `exact` would save; 0 if the module has no signs, or the saving is unknown.
+
+    An index takes up to two bytes and the new weight its own, so few changed weights take fewer bytes than signs.
+    """
+    if delta.encoding is not Encoding.SIGN or delta.base is None or delta.base.dtype is not delta.dtype:
+        return 0
+    rows = slice(0, delta.kept)
+    changed = count_changed(base.read(delta.name, rows), fine_tuned.read(delta.name, rows))
+    signed = _payload_bytes(delta) - (0 if delta.tail is None else delta.tail.nbytes)
+    return max(0, signed - changed * (delta.dtype.itemsize + 2))
 
 
 def _overflows(delta: ModuleDelta, base: Array, base_dtype: DType) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from peraxis_tools.compress.plan.price import prices
 from peraxis_tools.compress.plan.record import PLAN_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import with_file_bytes
-from peraxis_tools.compress.run.module_delta import module_delta
+from peraxis_tools.compress.run.module_delta import exact_saving, module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
 from peraxis_tools.metadata_keys import CONFIG_KEY, DISTILLATION_KEY, REPORT_KEY
@@ -48,6 +48,7 @@ from peraxis_tools.optional import require
 from peraxis_tools.outputs import claim_delta
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.progress import Staged, StagedProgress, watched_stages
+from peraxis_tools.shown import counted
 from peraxis_tools.text import check_calibration
 from peraxis_tools.threads import one_blas_thread
 
@@ -56,6 +57,7 @@ __all__ = ["CompressResult", "compress"]
 # A tensor in work takes its own bytes, its base's, and twice that in binary32 if a second mask is fitted.
 _BYTES_IN_FLIGHT_PER_TENSOR = 4
 _AHEAD_BYTES = 512 << 20
+_EXACT_SAVING = 0.2  # the share of a file that exact tensors would save, from which a note says so
 _NO_TEXT = (
     "no calibration text: scales are mean magnitudes; calibration (--calibration c4, or your own text) gives a better "
     "fit of the same size"
@@ -235,6 +237,7 @@ def _write(
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
     blocks: Counter[str] = Counter()
+    savings: list[int] = []
     with DeltaWriter(
         output,
         base=base.identity,
@@ -244,16 +247,19 @@ def _write(
     ) as writer:
         done, total = 0, planned.full_bytes
 
-        def made(module: PlannedModule) -> tuple[ModuleDelta, ModuleReport | None]:
-            return module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
+        def made(module: PlannedModule) -> tuple[ModuleDelta, ModuleReport | None, int]:
+            fitted = fit.modules.get(module.name)
+            delta, report = module_delta(module, base.tensors, fine_tuned.tensors, fitted, options)
+            return delta, report, exact_saving(delta, base.tensors, fine_tuned.tensors)
 
         def held(module: PlannedModule) -> int:
             return _BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
 
         # One tensor is read and hashed while another is fitted.
-        for delta, report in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
+        for delta, report, saving in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
             writer.add(delta)
             blocks += count_blocks(delta)
+            savings += [saving] if saving else []
             if report is not None:
                 reports[delta.name] = report
             done += fine_tuned.tensors[delta.name].size
@@ -270,11 +276,21 @@ def _write(
         writer.metadata[PLAN_KEY] = plan_text(planned)
         writer.metadata.update(fit.metadata)
         _add_report(writer, planned, reports, target_of(planned, options))
+        _note_exact(savings, writer.file_size())
         if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         for checkpoint in (base, fine_tuned):
             checkpoint.tensors.check_unchanged()
         return writer.finish(), writer.size, blocks
+
+
+def _note_exact(savings: Sequence[int], size: int) -> None:
+    """Note that few weights changed, where exact tensors would save a good part of the file. savings: of modules."""
+    if sum(savings) >= _EXACT_SAVING * size:
+        note(
+            f"in {counted(len(savings), 'tensor')} few weights changed; exact auto (--exact auto) stores them without "
+            f"a loss, in about {sum(savings)} bytes less"
+        )
 
 
 def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, ModuleReport], target: int | None) -> None:
