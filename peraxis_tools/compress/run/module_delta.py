@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -30,9 +31,18 @@ from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.notes import note
 from peraxis_tools.rows import restrict, row_blocks
 
-__all__ = ["exact_saving", "module_delta"]
+__all__ = ["Written", "module_delta"]
 
 _F16_MAX: Final = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A module as the file stores it. exact_saving: about the bytes that the encoding `exact` would save; 0: none."""
+
+    delta: ModuleDelta
+    report: ModuleReport | None = None
+    exact_saving: int = 0
 
 
 def module_delta(
@@ -41,11 +51,11 @@ def module_delta(
     fine_tuned: Safetensors,
     fitted: FittedModule | None,
     options: CompressOptions,
-) -> tuple[ModuleDelta, ModuleReport | None]:
-    """The module for the writer, and its report. Reads one tensor pair."""
+) -> Written:
+    """The module for the writer, with its report. Reads one tensor pair."""
     tuned_array = fine_tuned.read(module.name)
     if module.base_shape is None or module.base_dtype is None:
-        return _full(module, None, tuned_array), None
+        return Written(_full(module, None, tuned_array))
     base_array = base.read(module.name)
     ref = BaseRef(dtype=module.base_dtype, shape=module.base_shape, sha256=digest_of(base_array))
     kept = shared_rows(module.shape, module.base_shape)
@@ -57,12 +67,12 @@ def module_delta(
         base_dtype=module.base_dtype,
         dtype=module.dtype,
     ):
-        return _signed(module, ref, (), tail), None
+        return Written(_signed(module, ref, (), tail))
     if module.encoding is Encoding.FULL:
         if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
-            return _lossless(module, base_array, ref, tuned_array, options), None
+            return Written(_lossless(module, base_array, ref, tuned_array, options))
         whole = tuned_array if fitted is None or fitted.full is None else fitted.full
-        return _full(module, ref, whole), None if fitted is None else fitted.report
+        return Written(_full(module, ref, whole), None if fitted is None else fitted.report)
     components: tuple[Component, ...] = ()
     report = None
     if fitted is not None:
@@ -76,24 +86,25 @@ def module_delta(
     delta = _signed(module, ref, components, tail)
     if components and _overflows(delta, base_array[:kept], module.base_dtype):
         note(f"{module.name}: is stored exactly, because signs would make a weight infinite in F16")
-        return _lossless(module, base_array, ref, tuned_array, options), None
-    if options.exact == AUTO:  # otherwise exact_saving says what this would save
+        return Written(_lossless(module, base_array, ref, tuned_array, options))
+    if options.exact == AUTO:
         lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _payload_bytes(lossless) < _payload_bytes(delta):
-            return lossless, None
-    return delta, report
+            return Written(lossless)
+    elif components:
+        return Written(delta, report, exact_saving=_exact_saving(delta, base_array, tuned_array))
+    return Written(delta, report)
 
 
-def exact_saving(delta: ModuleDelta, base: Safetensors, fine_tuned: Safetensors) -> int:
-    """About the bytes that the encoding `exact` would save; 0 if the module has no signs, or the saving is unknown.
+def _exact_saving(delta: ModuleDelta, base: Array, tuned: Array) -> int:
+    """About the bytes that the encoding `exact` would save; 0 for another dtype than the base's. base, tuned: all rows.
 
     An index takes up to two bytes and the new weight its own, so few changed weights take fewer bytes than signs.
     """
-    if delta.encoding is not Encoding.SIGN or delta.base is None or delta.base.dtype is not delta.dtype:
+    if delta.base is None or delta.base.dtype is not delta.dtype:
         return 0
-    rows = slice(0, delta.kept)
-    changed = count_changed(base.read(delta.name, rows), fine_tuned.read(delta.name, rows))
     signed = _payload_bytes(delta) - (0 if delta.tail is None else delta.tail.nbytes)
+    changed = count_changed(base[: delta.kept], tuned[: delta.kept])
     return max(0, signed - changed * (delta.dtype.itemsize + 2))
 
 

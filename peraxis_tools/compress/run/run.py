@@ -20,7 +20,6 @@ from peraxis_format import (
     DeltaWriter,
     Encoding,
     Manifest,
-    ModuleDelta,
     ShapeError,
 )
 from peraxis_format import open as open_delta
@@ -38,7 +37,7 @@ from peraxis_tools.compress.plan.price import prices
 from peraxis_tools.compress.plan.record import PLAN_KEY, plan_text, report_text
 from peraxis_tools.compress.plan.saving import check_saving, saves
 from peraxis_tools.compress.plan.size import with_file_bytes
-from peraxis_tools.compress.run.module_delta import exact_saving, module_delta
+from peraxis_tools.compress.run.module_delta import Written, module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
 from peraxis_tools.metadata_keys import CONFIG_KEY, DISTILLATION_KEY, REPORT_KEY
@@ -247,22 +246,21 @@ def _write(
     ) as writer:
         done, total = 0, planned.full_bytes
 
-        def made(module: PlannedModule) -> tuple[ModuleDelta, ModuleReport | None, int]:
-            fitted = fit.modules.get(module.name)
-            delta, report = module_delta(module, base.tensors, fine_tuned.tensors, fitted, options)
-            return delta, report, exact_saving(delta, base.tensors, fine_tuned.tensors)
+        def made(module: PlannedModule) -> Written:
+            return module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
 
         def held(module: PlannedModule) -> int:
             return _BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
 
         # One tensor is read and hashed while another is fitted.
-        for delta, report, saving in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
-            writer.add(delta)
-            blocks += count_blocks(delta)
-            savings += [saving] if saving else []
-            if report is not None:
-                reports[delta.name] = report
-            done += fine_tuned.tensors[delta.name].size
+        for found in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
+            name = found.delta.name
+            writer.add(found.delta)
+            blocks += count_blocks(found.delta)
+            savings += [found.exact_saving] if found.exact_saving else []
+            if found.report is not None:
+                reports[name] = found.report
+            done += fine_tuned.tensors[name].size
             progress("write", done, total)
         for name, alias in planned.tied:
             writer.tie(name, alias)
