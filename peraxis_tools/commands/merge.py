@@ -90,7 +90,9 @@ def command(
     step = staged(quiet=quiet)
     names = [name for source in deltas for name in deltas_of(source)]
     with fetched(names, quiet=quiet) as paths:
-        if _all_parts(paths):
+        manifests = [_manifest(path) for path in paths]
+        parts = [path for path, manifest in zip(paths, manifests, strict=True) if is_part(manifest)]
+        if len(parts) == len(paths):
             others = ("weights", "method", "masks", "density", "normalize", "seed", "base", "name")
             refuse_given(*others, why="for parts of one delta, which are joined unchanged")
             result = merge_parts(paths, output, overwrite=overwrite, progress=step)
@@ -100,6 +102,12 @@ def command(
             if method != "dare":
                 refuse_given("seed", why="without --method dare")
             mixture = Mixture(method=method or "sum", density=density, normalize=normalize, seed=seed)
+            if parts:
+                raise ToolError(f"{parts[0]}: is a part of a delta; join all of its parts first, without other files")
+            if weights is None and mixture.method == "sum":
+                updates = all(manifest.result is not None for manifest in manifests)
+                kind = "updates of a chain; fold them with compact, or" if updates else "whole deltas;"
+                raise ToolError(f"these are {kind} pass --weights (one for each) or --method")
             result = _sum(paths, output, weights, mixture, masks, base, name, overwrite, step)
     given = {str(path): without_secrets(str(name)) for path, name in zip(paths, names, strict=True)}
     inputs = tuple(dataclasses.replace(part, path=given[part.path]) for part in result.inputs)
@@ -107,12 +115,9 @@ def command(
     emit(result, render_merge, schema="peraxis.merge/1", as_json=as_json, written=output)
 
 
-def _all_parts(paths: list[Path]) -> bool:
-    parts = []
-    for path in paths:
-        with pxd.open(path) as file:
-            parts.append(is_part(file.manifest))
-    return all(parts)
+def _manifest(path: Path) -> pxd.Manifest:
+    with pxd.open(path) as file:
+        return file.manifest
 
 
 def _sum(
@@ -126,8 +131,6 @@ def _sum(
     overwrite: bool,
     step: StageOpener,
 ) -> MergeResult:
-    if weights is None and mixture.method == "sum":
-        raise ToolError("these are whole deltas; pass --weights (one for each) or --method")
     return merge(
         paths,
         output,

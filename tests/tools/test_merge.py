@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peraxis_format as pxd
+from peraxis_tools.chain import update
 from peraxis_tools.commands.merge import command
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.fold import fold
 from peraxis_tools.merge import Mixture, merge
+from peraxis_tools.split import split
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 from tests.tools.merge_pairs import AXES, BF16, SHAPES, dense, exact, pair_of_deltas
 
@@ -199,3 +201,20 @@ def test_a_merge_of_inputs_with_different_small_files_says_whose_it_takes(
     caplog.clear()
     merge([first, first], tmp_path / "n.pxd", weights=[0.5, 0.5])
     assert not any("small files" in record.message for record in caplog.records)
+
+
+def test_what_cannot_be_summed_is_called_what_it_is(tmp_path: Path) -> None:
+    base, a, b = pair_of_deltas(3, (8, 16), (pxd.Axis.ROW,), (pxd.Axis.ROW,))
+    first, second = write_delta(tmp_path / "a.pxd", [a]), write_delta(tmp_path / "b.pxd", [b])
+    for name, value in (("base", base), ("next", base ^ np.uint16(1))):
+        write_checkpoint(tmp_path / name, {"m": (value, pxd.DType.BF16)})
+    update(tmp_path / "base", tmp_path / "next", tmp_path / "u.pxd")
+    two = write_delta(tmp_path / "two.pxd", [a, replace(a, name="other")])
+    part = split(two, tmp_path / "parts", parts=2).parts[0].path
+
+    def said(*paths: Path) -> str:
+        return str(CliRunner().invoke(command, [*map(str, paths), "-o", str(tmp_path / "m.pxd")]).exception)
+
+    assert "these are whole deltas; pass --weights" in said(first, second)
+    assert "updates of a chain; fold them with compact" in said(tmp_path / "u.pxd")
+    assert f"{part}: is a part of a delta" in said(part, second)

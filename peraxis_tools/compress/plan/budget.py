@@ -125,7 +125,7 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], options: CompressOp
     if target < sizes[1]:
         raise OptionError(
             f"target too small: {target} bytes; the smallest possible is {sizes[1]}, with every tensor that allows it "
-            "as in the base"
+            "as in the base, and all others changed"
         )
     choices, best, least = (
         (_with_a_mask(choices), bests[0], floors[0]) if target >= sizes[0] else (choices, bests[1], floors[1])
