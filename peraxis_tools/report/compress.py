@@ -98,7 +98,7 @@ def render_compress(result: CompressResult, console: Console, *, quiet: bool = F
     console.print(f"fit      {_fit_text(result)}")
     if result.distillation:
         console.print(f"distilled  {text(result.distillation)}")
-    if result.unread_tokens:
+    if result.unread_tokens and result.encodings.get(Encoding.SIGN.value, 0):
         named = text(listed(result.unread_tokens, _NOTES_SHOWN))
         console.print(f"unread   special tokens that calibration did not read, so no fit covers them: {named}")
     for i, (name, note) in enumerate(() if quiet else result.notes.items()):
