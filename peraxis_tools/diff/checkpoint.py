@@ -95,7 +95,7 @@ def _sums(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors, fine_tuned:
         with np.errstate(invalid="ignore"):
             delta_b = (pxd.to_float32(wanted_block, module.dtype) - plain).reshape(-1).astype(np.float64)
             delta_a = delta_rows(module, rows, lambda _, plain=plain: plain).reshape(-1).astype(np.float64)  # type: ignore[misc]
-        if not (_finite(rebuilt, module.dtype) and np.isfinite(delta_a).all() and np.isfinite(delta_b).all()):
+        if not (math.isfinite(delta_a @ delta_a + delta_b @ delta_b) and _finite(rebuilt, module.dtype)):
             _settle_odd(delta_a, delta_b, rebuilt, wanted_block, module.dtype)
         sums.square_a += float(delta_a @ delta_a)
         sums.square_b += float(delta_b @ delta_b)
