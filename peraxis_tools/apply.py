@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,6 +11,7 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_least, check_workers, sequence
 from peraxis_tools.assets import LEFT_BEHIND
+from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, refuse_swapped
 from peraxis_tools.completeness import note_borrowed
@@ -18,7 +19,6 @@ from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
-from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all, tensor_specs
 from peraxis_tools.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
@@ -74,12 +74,12 @@ def apply(
     with (
         claim_folder(output, overwrite=overwrite, inputs=(base, *deltas)),
         local_updates(deltas) as paths,
-        _opened(paths) as files,
+        opened_deltas(paths) as files,
         open_checkpoint(base, revision=base_revision) as opened,
         watched(progress, "apply", checkpoint_bytes(files[-1].manifest)) as step,
         payload_first(files[-1]),
     ):
-        file, checkpoint = files[-1], _before(files, opened)
+        file, checkpoint = files[-1], state_before(files, opened)
         refuse_part(file.manifest, file.path)
         _refuse_foreign(file, checkpoint)
         _refuse_repeats(file, opened.tensors.size + sum(path.stat().st_size for path in paths))
@@ -112,35 +112,6 @@ def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:
             f"{file.path}: ties so many tensors that {size} bytes would be written from {read} bytes of base and "
             "delta; write the file again"
         )
-
-
-def _before(files: Sequence[pxd.DeltaFile], base: Checkpoint) -> Checkpoint:
-    """What the last file is applied to: the base, or in a chain the state before the last update."""
-    if len(files) == 1:
-        return base
-    from peraxis_tools.chain import state_after
-
-    return state_after(base, files[:-1])
-
-
-@contextlib.contextmanager
-def _opened(deltas: Sequence[str | Path]) -> Iterator[Sequence[pxd.DeltaFile]]:
-    """The delta to apply, or the updates of a chain in order."""
-    if len(deltas) == 1:
-        with pxd.open(deltas[0]) as file, predecessor_named(file):
-            yield [file]
-        return
-    from peraxis_tools.chain import chain_order, link_of, opened_all
-
-    for path in deltas:
-        with pxd.open(path) as file:
-            if file.manifest.result is None:
-                raise ToolError(
-                    f"{path}: is a delta and not an update of a chain, so it is applied alone; "
-                    "to add several deltas up, use merge"
-                )
-    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, predecessor_named(*files):
-        yield files
 
 
 def _refuse_foreign(file: pxd.DeltaFile, base: Checkpoint) -> None:

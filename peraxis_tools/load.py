@@ -4,7 +4,8 @@
     model, tokenizer = load("delta.pxd", base="folder")
     model = PxdForCausalLM.from_pretrained("me/delta")               like transformers' own classes
 
-A delta is a path, a URL, `hf://org/repo/file.pxd`, or a repository with one .pxd, with `@revision` or without.
+A delta is a path, a URL, `hf://org/repo/file.pxd`, or a repository with one .pxd, with `@revision` or without; or the
+updates of a chain, as `apply` takes them: a sequence of these, or a folder of files.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import sequence
+from peraxis_tools.chain import opened_deltas, state_before
+from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swapped, with_revision
 from peraxis_tools.completeness import has_vocabulary, note_borrowed
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.optional import require
-from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
-from peraxis_tools.remote import local_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +55,7 @@ def _hub_id(manifest: pxd.Manifest, delta: object) -> str:
 
 def load_model(
     base: str | Path,
-    delta: str | Path | None = None,
+    delta: str | Path | Sequence[str | Path] | None = None,
     *,
     base_revision: str | None = None,
     progress: Progress = None,
@@ -62,10 +64,11 @@ def load_model(
     """The fine-tuned model, without an intermediate folder: `load_model("org/base", "delta.pxd")`.
 
     A single argument, `load_model("me/delta")`, is the delta, and its manifest names the base. A delta is a path, a
-    URL, or a repository on the hub. The model has the fine-tune's generation configuration; `load` returns its
-    tokenizer too. Its class is the one that the configuration names (`architectures`), else transformers' causal
-    language model; options are passed to its `from_pretrained`. progress: bytes of tensors. Memory: the model, and one
-    tensor of the base. Raises PxdError, CheckpointError, ToolError.
+    URL, or a repository on the hub; several, or a folder, are the updates of a chain in any order. The model has the
+    fine-tune's generation configuration; `load` returns its tokenizer too. Its class is the one that the configuration
+    names (`architectures`), else transformers' causal language model; options are passed to its `from_pretrained`.
+    progress: bytes of tensors. Memory: the model, and one tensor of the base. Raises PxdError, CheckpointError,
+    CheckFailedError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
     import torch
@@ -74,24 +77,29 @@ def load_model(
     from peraxis_format.ops.tensors import from_storage
     from peraxis_tools.environment import parse_config
 
-    named = base if delta is None else delta
+    named = sequence(base if delta is None else delta)
+    if not named:
+        raise ToolError("no delta to load; pass one")
     if delta is not None:
-        refuse_swapped(base, delta)
+        refuse_swapped(base, named[0])
     if "torch_dtype" in options:  # transformers' former name of dtype
         options.setdefault("dtype", options.pop("torch_dtype"))
     with (
-        local_copy(named) as path,
-        pxd.open(path) as file,
-        open_checkpoint(_hub_id(file.manifest, named) if delta is None else base, revision=base_revision) as checkpoint,
-        watched(progress, "load", checkpoint_bytes(file.manifest)) as step,
-        predecessor_named(file),
-        payload_first(file),
+        local_updates(named) as paths,
+        opened_deltas(paths) as files,
+        open_checkpoint(
+            _hub_id(files[0].manifest, named[0]) if delta is None else base, revision=base_revision
+        ) as opened,
+        watched(progress, "load", checkpoint_bytes(files[-1].manifest)) as step,
+        payload_first(files[-1]),
     ):
-        refuse_part(file.manifest, named)
+        file, checkpoint = files[-1], state_before(files, opened)
+        label = str(named[0]) if len(named) == 1 else str(file.path)
+        refuse_part(file.manifest, label)
         note_borrowed(file, checkpoint)
         assets = dict(assets_of(file, checkpoint))
-        config = _object(assets, "config.json", str(named)) or checkpoint.config()
-        generation = _object(assets, "generation_config.json", str(named))
+        config = _object(assets, "config.json", label) or checkpoint.config()
+        generation = _object(assets, "generation_config.json", label)
         state = {}
         names = file.manifest.names()
         for entry, array in rebuild_all(file, checkpoint.tensors):
@@ -100,13 +108,13 @@ def load_model(
                 state[name] = tensor
                 step(tensor.nbytes)
     options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
-    parsed = parse_config(config, label=str(named))
+    parsed = parse_config(config, label=label)
     # Use the class itself, because AutoModelForCausalLM.from_pretrained needs a folder.
-    kind = _model_class(parsed, str(named))
-    with _told(f"{named}: transformers cannot build its model"):
+    kind = _model_class(parsed, label)
+    with _told(f"{label}: transformers cannot build its model"):
         model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
     if generation is not None:
-        with _told(f"{named}: its generation_config.json cannot be loaded"):
+        with _told(f"{label}: its generation_config.json cannot be loaded"):
             model.generation_config = GenerationConfig.from_dict(generation)
     return model
 
@@ -150,7 +158,7 @@ def _model_class(config: Any, label: str) -> Any:
 
 
 def load(
-    delta: str | Path,
+    delta: str | Path | Sequence[str | Path],
     base: str | Path | None = None,
     *,
     base_revision: str | None = None,
@@ -159,25 +167,32 @@ def load(
 ) -> Loaded:
     """Load the fine-tune of a delta: (model, tokenizer), the tokenizer None if neither fine-tune nor base has one.
 
-    delta: a path, a URL, or a repository on the hub. base: a folder or hub id, by default that of the manifest. options
-    and progress are passed to `load_model`. Raises PxdError, CheckpointError, ToolError.
+    delta, options, progress: as in `load_model`. base: a folder or hub id, by default that of the manifest. Raises
+    PxdError, CheckpointError, ToolError.
     """
+    named = sequence(delta)
+    if not named:
+        raise ToolError("no delta to load; pass one")
     if base is not None:
-        refuse_swapped(base, delta)
-    with local_copy(delta) as path:
-        with pxd.open(path) as file:
-            where = with_revision(_hub_id(file.manifest, delta) if base is None else base, base_revision)
-        model = load_model(where, path, progress=progress, **options)
-        return Loaded(model, _load_tokenizer_of(path, where))
+        refuse_swapped(base, named[0])
+    with local_updates(named) as paths:
+        with opened_deltas(paths) as files:
+            where = with_revision(_hub_id(files[0].manifest, named[0]) if base is None else base, base_revision)
+        model = load_model(where, paths, progress=progress, **options)
+        return Loaded(model, _load_tokenizer_of(paths, where))
 
 
-def _load_tokenizer_of(delta: Path, base: str | Path) -> Any:
+def _load_tokenizer_of(deltas: Sequence[Path], base: str | Path) -> Any:
     """The tokenizer that `apply` would write, with its chat template; None if there is none."""
     from peraxis_tools.environment import load_tokenizer
 
-    with pxd.open(delta) as file, open_checkpoint(base) as checkpoint, tempfile.TemporaryDirectory() as name:
+    with (
+        opened_deltas(deltas) as files,
+        open_checkpoint(base) as opened,
+        tempfile.TemporaryDirectory() as name,
+    ):
         folder = Path(name)
-        for path, data in assets_of(file, checkpoint):
+        for path, data in assets_of(files[-1], state_before(files, opened)):
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_bytes(data)
         if not has_vocabulary([path.name for path in folder.iterdir()]):
@@ -185,7 +200,7 @@ def _load_tokenizer_of(delta: Path, base: str | Path) -> Any:
         try:
             return load_tokenizer(folder)
         except ToolError as error:
-            raise ToolError(str(error).replace(str(folder), delta.name)) from None
+            raise ToolError(str(error).replace(str(folder), files[-1].path.name)) from None
 
 
 class PxdForCausalLM:

@@ -1,9 +1,9 @@
 """Chains of updates: their order, the state after them, and the verbs update, compact and log."""
 
 from peraxis_tools.chain.log import ChainLog, LogEntry, log
-from peraxis_tools.chain.opened import opened_all
+from peraxis_tools.chain.opened import opened_all, opened_deltas
 from peraxis_tools.chain.order import Link, chain_order, link_of
-from peraxis_tools.chain.state import ChainState, state_after
+from peraxis_tools.chain.state import ChainState, state_before
 from peraxis_tools.chain.write import UpdateResult, compact, update
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "link_of",
     "log",
     "opened_all",
-    "state_after",
+    "opened_deltas",
+    "state_before",
     "update",
 ]

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
+from peraxis_tools.chain.order import chain_order, link_of
+from peraxis_tools.errors import ToolError
+from peraxis_tools.predecessor import predecessor_named
 
-__all__ = ["opened_all"]
+__all__ = ["opened_all", "opened_deltas"]
 
 _DESCRIPTORS: Final = 2  # descriptors of one open file: its own, and that of its map
 _OTHERS: Final = 64  # files that a process opens besides
@@ -25,6 +28,24 @@ def opened_all(paths: Sequence[Path]) -> Iterator[list[pxd.DeltaFile]]:
     _allow_files(wanted)
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(_opened(path, wanted)) for path in paths]
+
+
+@contextlib.contextmanager
+def opened_deltas(deltas: Sequence[Path]) -> Iterator[Sequence[pxd.DeltaFile]]:
+    """Yield a delta, or the updates of a chain in order. Raises ToolError, CheckFailedError, PxdError, OSError."""
+    if len(deltas) == 1:
+        with pxd.open(deltas[0]) as file, predecessor_named(file):
+            yield [file]
+        return
+    for path in deltas:
+        with pxd.open(path) as file:
+            if file.manifest.result is None:
+                raise ToolError(
+                    f"{path}: is a delta and not an update of a chain, so it is applied alone; "
+                    "to add several deltas up, use merge"
+                )
+    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, predecessor_named(*files):
+        yield files
 
 
 def _opened(path: Path, wanted: int) -> pxd.DeltaFile:

@@ -13,7 +13,7 @@ from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.derived import DerivedCheckpoint
 from peraxis_tools.shown import counted
 
-__all__ = ["ChainState", "NoState", "StateNames", "state_after"]
+__all__ = ["ChainState", "NoState", "StateNames", "state_after", "state_before"]
 
 
 def _assets_after(updates: Iterable[pxd.DeltaFile]) -> dict[str, bytes]:
@@ -27,6 +27,11 @@ def _assets_after(updates: Iterable[pxd.DeltaFile]) -> dict[str, bytes]:
 def state_after(base: Checkpoint, updates: Sequence[pxd.DeltaFile]) -> Checkpoint:
     """The checkpoint after some updates in order. The caller closes both."""
     return replace(base, tensors=ChainState(base.tensors, updates), replaced=_assets_after(updates))
+
+
+def state_before(files: Sequence[pxd.DeltaFile], base: Checkpoint) -> Checkpoint:
+    """What the last of these files, in order, is applied to: the base, or the state after the others."""
+    return base if len(files) == 1 else state_after(base, files[:-1])
 
 
 class ChainState(DerivedCheckpoint):

@@ -10,10 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
 
 import peraxis_format as pxd
 import peraxis_tools
 from peraxis_format.hub import HubName, hub_name, hub_path
+from peraxis_tools.chain import update
 from peraxis_tools.commands import inspect as inspect_command
 from peraxis_tools.errors import ToolError
 from tests.engines.pair import make_base, make_delta
@@ -178,3 +180,47 @@ def test_the_former_name_of_dtype_is_not_ignored(pair: dict[str, Path]) -> None:
     for options in ({"dtype": torch.float32}, {"torch_dtype": torch.float32}, {"torch_dtype": "float32"}):
         assert peraxis_tools.load(pair["delta"], base=pair["base"], **options).model.dtype is torch.float32
     assert peraxis_tools.load(pair["delta"], base=pair["base"]).model.dtype is torch.bfloat16
+
+
+@pytest.fixture
+def chain(pair: dict[str, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A base, and a folder of two updates; the second has another generation configuration and chat template."""
+    states = [pair["base"]]
+    (tmp_path / "updates").mkdir()
+    for step in (1, 2):
+        state = shutil.copytree(states[-1], tmp_path / f"state-{step}")
+        tensors = load_file(state / "model.safetensors")
+        tensors["model.norm.weight"] += step
+        save_file(tensors, state / "model.safetensors", metadata={"format": "pt"})
+        if step == 2:
+            (state / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "max_length": 44}))
+            (state / "chat_template.jinja").write_text("SECOND {{ messages[0]['content'] }}")
+        update(states[-1], state, tmp_path / "updates" / f"{step}.pxd")
+        states.append(state)
+    return states[-1], tmp_path / "updates"
+
+
+@pytest.mark.parametrize("named", ["folder", "files"])
+def test_the_updates_of_a_chain_load_as_its_last_state(
+    pair: dict[str, Path], chain: tuple[Path, Path], named: str
+) -> None:
+    state, folder = chain
+    updates = folder if named == "folder" else sorted(folder.iterdir(), reverse=True)
+    model, tokenizer = peraxis_tools.load(updates, base=pair["base"])
+    wanted = load_file(state / "model.safetensors")
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    assert model.generation_config.max_length == 44
+    assert tokenizer.chat_template.startswith("SECOND")
+    again = peraxis_tools.load_model(pair["base"], updates)
+    assert torch.equal(again.model.norm.weight, wanted["model.norm.weight"])
+
+
+def test_a_gap_in_a_chain_and_no_delta_at_all_are_named(pair: dict[str, Path], chain: tuple[Path, Path]) -> None:
+    _, folder = chain
+    (folder / "1.pxd").unlink()
+    with pytest.raises(pxd.PxdError, match=r"2\.pxd"):
+        peraxis_tools.load(folder, base=pair["base"])
+    with pytest.raises(ToolError, match="no delta to load"):
+        peraxis_tools.load_model(pair["base"], [])
+    with pytest.raises(ToolError, match="not an update of a chain"):
+        peraxis_tools.load_model(pair["base"], [pair["delta"], pair["other"]])
