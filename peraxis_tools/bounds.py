@@ -39,6 +39,8 @@ def error_within(
             raise CheckFailedError(f"{module.name}: is not that of {fine_tuned}: {module.changes[0]}")
         if module.distance is None and not module.identical:
             raise CheckFailedError(f"{module.name}: is not that of {fine_tuned}, bit by bit")
+        if bound == 0.0 and not module.identical and module.distance == 0.0:
+            raise CheckFailedError(f"{module.name}: has a zero with another sign than in {fine_tuned}")
         if not math.isfinite(module.distance or 0.0):
             raise CheckFailedError(f"{module.name}: has a weight that is not finite, and not that of {fine_tuned}")
     error = found.total.relative if found.total.measured else 0.0

@@ -90,13 +90,15 @@ def assets_of(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, byt
     """The delta's assets, and those of the base in groups without an asset in the delta.
 
     The settings of a tokenizer without its vocabulary are no tokenizer: the base's other files of that group are added.
+    Not so for an update, which has every group that its state has not as before.
     """
     own = dict.fromkeys(asset.path for asset in delta.manifest.assets)
     groups = {asset_group(path) for path in own}
-    if takes_tokenizer(delta, base):
-        groups.discard("tokenizer")
-    elif not has_vocabulary(own):
-        groups.add("tokenizer")  # that of the base has a vocabulary of another size
+    if delta.manifest.result is None:
+        if takes_tokenizer(delta, base):
+            groups.discard("tokenizer")
+        elif not has_vocabulary(own):
+            groups.add("tokenizer")  # that of the base has a vocabulary of another size
     for path in own:
         yield path, delta.asset(path)
     found = base.folder_assets()

@@ -205,6 +205,7 @@ def _unchecked(path: Path, delta: pxd.DeltaFile, wanted: Wanted) -> tuple[str, .
 def _checks(path: Path, delta: pxd.DeltaFile, run: _Run) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
     wanted, progress, workers = run.wanted, run.progress, run.workers
+    followed: list[Path] = []
     yield "structure", lambda: part_of(delta.manifest, path) or counted(len(delta), "module")
     yield "payload", lambda: _payload(delta, progress, workers)
     if wanted.content_ids:
@@ -212,9 +213,12 @@ def _checks(path: Path, delta: pxd.DeltaFile, run: _Run) -> Iterator[tuple[str, 
     if wanted.signature is not None:
         yield "signature", partial(_signature, path, wanted.signature, progress)
     if wanted.base is not None:
-        yield "base", partial(_base, delta, wanted.base, run.bases, progress)
+        yield "base", partial(_base, delta, wanted.base, run.bases, progress, followed)
     base, fine_tuned = wanted.base, wanted.fine_tuned
     if base is None or fine_tuned is None:
+        return
+    if followed:
+        yield "fine-tuned", partial(_refuse_follower, followed[0])
         return
     from peraxis_tools.bounds import error_within, kl_within
 
@@ -238,8 +242,17 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _base(delta: pxd.DeltaFile, base: str | Path, bases: BaseChecks, progress: ProgressOf) -> str:
+def _refuse_follower(before: Path) -> str:
+    raise ToolError(
+        f"follows {before.name}, and only the last state of a chain is that of a fine-tune: apply the chain, or pass "
+        "this update alone with the state before it as base (--base)"
+    )
+
+
+def _base(delta: pxd.DeltaFile, base: str | Path, bases: BaseChecks, progress: ProgressOf, followed: list[Path]) -> str:
+    """followed: the update before this one is added to it."""
     found = bases.check(delta, progress)
+    followed += [] if found.before is None else [found.before]
     bound = any(module.base is not None for module in delta.manifest.modules)
     text = f"{base} is the one that this delta was made for" if bound else "holds whole tensors and needs no base"
     if found.before is not None:

@@ -101,7 +101,7 @@ def diff_checkpoint(
         after.tensors.check_dtypes()
         file = unpacked(opened, before.tensors)
         pxd.check_base_names(file.manifest, before.tensors)
-        aliases = {alias for _, alias in file.manifest.tied}
+        aliases = {alias: name for name, alias in file.manifest.tied}
         common = [name for name in file if name in after.tensors]
         if not common:
             raise CheckFailedError(
@@ -116,7 +116,12 @@ def diff_checkpoint(
         modules = balanced_map(
             work, common, cost=lambda name: math.prod(file.entry(name).shape), workers=workers or _DENSE_WORKERS
         )
-        only_in_a = tuple(name for name in file if name not in after.tensors)
+        modules += [
+            compare_with_checkpoint(file, name, before.tensors, after.tensors, alias=alias)
+            for alias, name in aliases.items()
+            if alias in after.tensors and not _equal(after.tensors, alias, name)
+        ]
+        only_in_a = tuple(name for name in (*file, *aliases) if name not in after.tensors)
         only_in_b = tuple(name for name in after.tensors if name not in file and name not in aliases)
         return _result(
             file,
@@ -128,6 +133,13 @@ def diff_checkpoint(
             only_in_a=only_in_a,
             only_in_b=only_in_b,
         )
+
+
+def _equal(tensors: pxd.Safetensors, a: str, b: str) -> bool:
+    """Whether two tensors of a checkpoint have the same bytes, dtype and shape."""
+    if b not in tensors or (tensors[a].dtype, tensors[a].shape) != (tensors[b].dtype, tensors[b].shape):
+        return False
+    return tensors.sha256(a) == tensors.sha256(b)
 
 
 def _payload_bytes(file: pxd.DeltaFile) -> int:

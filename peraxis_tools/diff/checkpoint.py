@@ -37,13 +37,15 @@ class _Sums:
 
 
 def compare_with_checkpoint(
-    delta: pxd.DeltaFile, name: str, base: pxd.Safetensors, fine_tuned: pxd.Safetensors
+    delta: pxd.DeltaFile, name: str, base: pxd.Safetensors, fine_tuned: pxd.Safetensors, *, alias: str | None = None
 ) -> ModuleDiff:
-    """Compare one module with the fine-tuned tensor of its name. The caller has checked the base's names and shapes.
+    """Compare one module with the fine-tuned tensor of its name, or of an alias of it.
 
-    relative is to the checkpoint's own delta (norm_b). Raises PayloadError, BindingError (E404).
+    The caller has checked the base's names and shapes. relative is to the checkpoint's own delta (norm_b). Raises
+    PayloadError, BindingError (E404).
     """
-    entry, found = delta.entry(name), fine_tuned[name]
+    shown = alias or name
+    entry, found = delta.entry(name), fine_tuned[shown]
     if entry.base is not None:
         pxd.check_base_digest(entry, base.sha256(name))
     changes = tuple(
@@ -55,17 +57,17 @@ def compare_with_checkpoint(
         if a != b
     )
     if changes:
-        return ModuleDiff(name=name, group=group_of(name), identical=False, changes=changes, note="not comparable")
+        return ModuleDiff(name=shown, group=group_of(shown), identical=False, changes=changes, note="not comparable")
     module = delta.load(name)
     if not has_delta(module):
-        same = bytes(pxd.raw_bytes(_exact(module, name, base))) == bytes(pxd.raw_bytes(fine_tuned.read(name)))
-        return ModuleDiff(name=name, group=group_of(name), identical=same, note="has no delta: compared bit by bit")
-    sums = _sums(module, name, base, fine_tuned)
+        same = bytes(pxd.raw_bytes(_exact(module, name, base))) == bytes(pxd.raw_bytes(fine_tuned.read(shown)))
+        return ModuleDiff(name=shown, group=group_of(shown), identical=same, note="has no delta: compared bit by bit")
+    sums = _sums(module, base, fine_tuned, wanted=shown)
     norm_b = math.sqrt(sums.square_b)
     distance = math.sqrt(sums.square_distance)
     return ModuleDiff(
-        name=name,
-        group=group_of(name),
+        name=shown,
+        group=group_of(shown),
         identical=sums.identical,
         changes=sums.changes,
         sign_agreement=sums.same_sign / sums.changed if sums.changed and module.components else None,
@@ -80,14 +82,15 @@ def _exact(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors) -> pxd.Arr
     return pxd.reconstruct(module, None if module.full is not None else base.read(name))
 
 
-def _sums(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors, fine_tuned: pxd.Safetensors) -> _Sums:
+def _sums(module: pxd.ModuleDelta, base: pxd.Safetensors, fine_tuned: pxd.Safetensors, *, wanted: str) -> _Sums:
+    """wanted: the name of the fine-tuned tensor."""
     if module.base is None:
-        raise pxd.ShapeError(f"{name}: has no base tensor")
+        raise pxd.ShapeError(f"{module.name}: has no base tensor")
     sums = _Sums()
     for rows in row_blocks(module.covered):
         chosen = rows if module.shape else None
-        base_block = base.read(name, chosen)
-        wanted_block = fine_tuned.read(name, chosen)
+        base_block = base.read(module.name, chosen)
+        wanted_block = fine_tuned.read(wanted, chosen)
         part = restrict(module, rows) if module.shape else module
         rebuilt = pxd.reconstruct(part, base_block)
         sums.identical &= np.array_equal(_bits(rebuilt), _bits(wanted_block))
@@ -106,8 +109,8 @@ def _sums(module: pxd.ModuleDelta, name: str, base: pxd.Safetensors, fine_tuned:
     if module.shape and module.kept < module.shape[0]:
         tail = module.full[module.kept :] if module.full is not None else module.tail
         new = module.shape[0] - module.kept
-        wanted = fine_tuned.read(name, slice(module.kept, module.shape[0]))
-        different = int(np.any(_bits(tail).reshape(new, -1) != _bits(wanted).reshape(new, -1), axis=1).sum())
+        rest = fine_tuned.read(wanted, slice(module.kept, module.shape[0]))
+        different = int(np.any(_bits(tail).reshape(new, -1) != _bits(rest).reshape(new, -1), axis=1).sum())
         if different:
             sums.identical, sums.changes = False, (f"{different} of {new} new rows differ",)
     return sums

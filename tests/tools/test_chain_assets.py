@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,34 @@ def test_a_chain_ends_with_the_small_files_of_its_last_state(
         compact(states[0], files, tmp_path / f"{i}-compact.pxd")
         apply(states[0], tmp_path / f"{i}-compact.pxd", tmp_path / f"compacted-{i}")
         assert small_files(tmp_path / f"compacted-{i}") == small_files(state)
+
+
+GROWN = {"config.json": '{"model_type": "llama", "vocab_size": 8}', "generation_config.json": '{"temperature": 1}'}
+SETTINGS = {"tokenizer_config.json": '{"bos_token": "<t>"}', "chat_template.jinja": "{{ messages }}"}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (STARTING, GROWN | TOKENIZER, GROWN | TOKENIZER),  # a padded table: the tokenizer is as before
+        (STARTING, CONFIG | SETTINGS, CONFIG | SETTINGS),  # a tokenizer's settings without its vocabulary
+        (CONFIG | SETTINGS, CONFIG | SETTINGS, GROWN | SETTINGS),
+        (STARTING | {"merges.txt": "a b"}, GROWN | TOKENIZER, GROWN | SETTINGS),
+    ],
+)
+def test_a_group_is_as_the_state_had_it_whatever_is_in_it(tmp_path: Path, steps: tuple[Files, ...]) -> None:
+    folders = [write_state(tmp_path / f"state-{i}", i, files) for i, files in enumerate(steps)]
+    files: list[Path] = []
+    (tmp_path / "compact").mkdir()
+    for i, (old, new) in enumerate(pairwise(folders)):
+        files.append(tmp_path / f"{i}.pxd")
+        update(old, new, files[-1])
+        apply(folders[0], files, tmp_path / f"after-{i}")
+        assert small_files(tmp_path / f"after-{i}") == small_files(new)
+        compacted = tmp_path / "compact" / "c.pxd"
+        compact(folders[0], files, compacted, overwrite=True)
+        apply(folders[0], compacted, tmp_path / f"compacted-{i}")
+        assert small_files(tmp_path / f"compacted-{i}") == small_files(new)
 
 
 def test_an_update_has_the_files_of_the_groups_that_changed_and_no_others(states: list[Path], tmp_path: Path) -> None:

@@ -81,3 +81,19 @@ def test_where_few_weights_changed_a_note_names_the_smaller_encoding(
         exact = compress(base, tuned, tmp_path / "exact.pxd", exact="auto", force=True)
         saved = int(notes[0].split("in about ")[1].split()[0])
         assert signed.bytes - exact.bytes == pytest.approx(saved, abs=4096)
+
+
+def test_the_note_counts_tables_that_are_stored_whole_and_names_what_excludes_exact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, tuned = with_few_rows(tmp_path, {TABLE: tuple(range(5))}, tied=True)
+
+    def told(output: str, **options: Any) -> list[str]:
+        caplog.clear()
+        compress(base, tuned, tmp_path / output, force=True, **options)
+        return [record.message for record in caplog.records if "few weights changed" in record.message]
+
+    (whole,) = told("whole.pxd", embeddings="full")
+    assert "exact (--exact auto) stores" in whole
+    (target,) = told("target.pxd", target_size=1_100_000, embeddings="full")
+    assert "exact (--exact auto, without a target) stores" in target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -129,6 +130,26 @@ def test_a_run_is_not_continued_for_another_fine_tune_of_the_same_size_and_time(
     assert run.work.exists()
     compress(base, other, run.output, **options)
     assert run.output.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["configuration", "copy"])
+def test_a_run_begins_anew_with_another_configuration_and_goes_on_beside_a_copy(
+    pair: tuple[Path, Path, Path], tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, tuned = (shutil.copytree(folder, tmp_path / folder.name) for folder in pair[:2])
+    options = {"calibration": str(pair[2]), **FEW}
+    run = Killable(base, tuned, tmp_path / "delta.pxd", options)
+    run.run(part="block-00001.json")
+    for folder in (base, tuned) if change == "configuration" else ():
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    if change == "copy":
+        os.link(tuned / "model.safetensors", tmp_path / "linked")
+    compress(base, tuned, run.output, **options)
+    compress(base, tuned, tmp_path / "whole.pxd", **options)
+    assert run.output.read_bytes() == (tmp_path / "whole.pxd").read_bytes()
+    told = [record.message for record in caplog.records]
+    assert any("this run begins anew" in text for text in told) is (change == "configuration")
 
 
 def test_where_teacher_states_are_kept_changes_no_byte(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:

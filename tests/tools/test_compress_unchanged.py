@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,10 @@ def test_weights_near_the_limit_of_f16_stay_finite(tmp_path: Path, caplog: pytes
     assert found[MATRIX].encoding in (pxd.Encoding.EXACT, pxd.Encoding.FULL)
     assert any("infinite in F16" in record.message for record in caplog.records)
     assert torch.equal(applied(base, tmp_path / "d.pxd", tmp_path / "applied")[MATRIX], after[MATRIX])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in (10_000, 20_000):
+            made = compress(base, tuned, tmp_path / f"{size}.pxd", target_size=size, force=True)
+            assert made.bytes <= size
+        priced = compress(base, tuned, tmp_path / "priced.pxd", force=True)
+    assert priced.encodings.get("sign") == 1

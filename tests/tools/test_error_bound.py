@@ -13,7 +13,7 @@ import peraxis
 import peraxis_format as pxd
 from peraxis_tools.chain import update
 from peraxis_tools.diff import diff_checkpoint
-from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from tests.factories import sign_module, write_checkpoint, write_delta
 
 Tensors = dict[str, tuple[np.ndarray, pxd.DType]]
@@ -111,3 +111,44 @@ def test_a_delta_without_changes_passes_for_its_base_alone(tmp_path: Path, base:
     assert checked(tmp_path, tmp_path / "u.pxd", base, 0.0)
     with pytest.raises(CheckFailedError, match="relative error 1 "):
         checked(tmp_path, tmp_path / "u.pxd", base | {Q: tuned[Q]}, 0.5)
+
+
+def test_a_tied_tensor_is_compared_with_its_own_in_the_checkpoint(
+    tmp_path: Path, base: Tensors, tuned: Tensors
+) -> None:
+    head = {"lm_head.weight": tuned[EMBEDDING]}
+    write_checkpoint(tmp_path / "base", base | {"lm_head.weight": base[EMBEDDING]})
+    write_checkpoint(tmp_path / "tuned", tuned | head)
+    update(tmp_path / "base", tmp_path / "tuned", tmp_path / "u.pxd")
+    with pxd.open(tmp_path / "u.pxd") as file:
+        assert file.manifest.tied
+    assert checked(tmp_path, tmp_path / "u.pxd", tuned | head, 0.0)
+    other = {"lm_head.weight": (2 * tuned[EMBEDDING][0], pxd.DType.F32)}
+    with pytest.raises(CheckFailedError, match=r"(relative error|new rows differ)"):
+        checked(tmp_path, tmp_path / "u.pxd", tuned | other, 0.1)
+    assert not diff_checkpoint(tmp_path / "u.pxd", tmp_path / "wanted", base=tmp_path / "base").equal
+    write_checkpoint(tmp_path / "wanted", tuned)
+    with pytest.raises(CheckFailedError, match=r"same tensors .* lm_head\.weight"):
+        peraxis.verify(tmp_path / "u.pxd", base=tmp_path / "base", fine_tuned=tmp_path / "wanted", max_error=0.1)
+
+
+def test_a_bound_of_zero_sees_the_sign_of_a_zero(tmp_path: Path, base: Tensors) -> None:
+    zeros = np.zeros(32, np.float32)
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", base | {NORM: (-zeros, pxd.DType.F32)})
+    update(tmp_path / "base", tmp_path / "tuned", tmp_path / "u.pxd")
+    assert checked(tmp_path, tmp_path / "u.pxd", base | {NORM: (-zeros, pxd.DType.F32)}, 0.0)
+    with pytest.raises(CheckFailedError, match="a zero with another sign"):
+        checked(tmp_path, tmp_path / "u.pxd", base | {NORM: (zeros, pxd.DType.F32)}, 0.0)
+
+
+def test_an_update_that_follows_another_is_not_compared_with_a_fine_tune(
+    tmp_path: Path, base: Tensors, tuned: Tensors, lossless: Path
+) -> None:
+    write_checkpoint(tmp_path / "next", tuned | {NORM: (2 * tuned[NORM][0], pxd.DType.F32)})
+    update(tmp_path / "tuned", tmp_path / "next", tmp_path / "v.pxd")
+    with pytest.raises(ToolError, match=r"follows u\.pxd, .* apply the chain"):
+        peraxis.verify(
+            [tmp_path / "v.pxd", lossless], base=tmp_path / "base", fine_tuned=tmp_path / "next", max_error=0.0
+        )
+    assert peraxis.verify(tmp_path / "v.pxd", base=tmp_path / "tuned", fine_tuned=tmp_path / "next", max_error=0.0)

@@ -13,6 +13,7 @@ is optimal up to the last step.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,9 +41,12 @@ class Choice:
 
 
 def _choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
-    """The possible encodings of a module: the base's weight, 1 to 8 masks, exact. errors: for 0 to 8 masks."""
+    """The possible encodings of a module: the base's weight, 1 to 8 masks, exact. errors: for 0 to 8 masks; infinite
+    for a number of masks that cannot be."""
     choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
+        if math.isinf(errors[k]):
+            continue
         size = module_bytes(module, components=k, axis=module.axis) + k * _COMPONENT_TEXT
         choices.append(Choice(Encoding.SIGN, k, size, errors[k]))
     return [*choices, Choice(Encoding.FULL, 0, module_bytes(module, components=0, axis=None), 0.0)]

@@ -85,10 +85,12 @@ def measured_errors(module: PlannedModule, left: Array, right: Array) -> list[fl
 
 def extended(errors: Sequence[float]) -> list[float]:
     """Errors of 0 to MASKS_MAX masks from those of the first few. None is above the one before it, so that a mask that
-    does nothing is never bought."""
+    does nothing is never bought; but masks that make a weight infinite have an infinite error."""
     found = [errors[0]]
     for error in errors[1:]:
-        found.append(min(error, found[-1]))
+        found.append(error if math.isinf(error) else min(error, found[-1]))
+    if math.isinf(found[-1]):
+        return found + [math.inf] * (1 + MASKS_MAX - len(found))
     share = found[-1] / found[-2] if len(found) > 1 and found[-2] > 0.0 else 1.0
     while len(found) <= MASKS_MAX:
         found.append(found[-1] * share)
@@ -132,18 +134,23 @@ def _changed_rows(module: PlannedModule, left: Array, right: Array) -> tuple[Arr
 
 
 def _errors(module: PlannedModule, left: Array, right: Array, components: Sequence[Component]) -> list[float]:
-    """E of the applied weight with the first 0, 1, 2, ... components. left, right: storage arrays [n, d_out, d_in]."""
+    """E of the applied weight with the first 0, 1, 2, ... components; infinite where a weight is, as F16 may make it.
+
+    left, right: storage arrays [n, d_out, d_in].
+    """
     factors = list(zip(*(component.factors(left.shape) for component in components), strict=True))
     found = np.zeros(1 + len(components))
     for e, (base, tuned) in enumerate(zip(left, right, strict=True)):
         its = factors[e] if components else ()
         residuals = (_residual(module, base, tuned, its[:k]) for k in range(1 + len(components)))
-        if module.kind in TABLES:
-            found += [float(np.square(residual, dtype=np.float64).sum()) for residual in residuals]
-        else:
-            delta = to_float32(tuned, module.dtype) - to_float32(base, module.base_dtype or module.dtype)
-            found += output_errors(residuals, delta)
-    return found.tolist()
+        with np.errstate(invalid="ignore"):
+            if module.kind in TABLES:
+                found += [float(np.square(residual, dtype=np.float64).sum()) for residual in residuals]
+            else:
+                delta = to_float32(tuned, module.dtype) - to_float32(base, module.base_dtype or module.dtype)
+                found += output_errors(residuals, delta)
+    errors: list[float] = np.where(np.isfinite(found), found, np.inf).tolist()
+    return errors
 
 
 def _residual(

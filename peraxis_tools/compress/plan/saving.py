@@ -35,7 +35,7 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: 
 def note_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: int) -> None:
     """Note that a run would refuse to write a file of `size` bytes, if it would."""
     if not saves(plan, size):
-        note(f"{_little_saved(plan, base, fine_tuned, size)}, so the run needs force (--force)")
+        note(f"{_little_saved(plan, base, fine_tuned, size)}; if every tensor changed, the run needs force (--force)")
 
 
 def _little_saved(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, size: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from peraxis_format import DType, Safetensors, __version__
+from peraxis_format import DType, TensorInfo, __version__
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration.parts import calibrating
 from peraxis_tools.compress.fit.moments.collector import Batch
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 GENERATED_TOGETHER: Final = 4  # batches of samples that are generated together
+_SAMPLED: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,25 +89,36 @@ def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> li
 
 
 def inputs_digest(
-    base: Safetensors,
-    fine_tuned: Safetensors,
+    base: Checkpoint,
+    fine_tuned: Checkpoint,
     samples: Samples,
     options: CompressOptions,
     device: torch.device,
     dtype: torch.dtype,
 ) -> str:
-    """The digest of the inputs: tensors, text, options, version. Of a tensor: name, dtype, shape and offset, and of its
-    file size, inode and times. The time of change is the system's own: copies and unpacked archives of two checkpoints
-    may have equal sizes and times of modification.
+    """The digest of the inputs: tensors, small files (the configuration among them), text, options, version.
+
+    Of a tensor: name, dtype, shape and offset, size, inode and time of its file, and some of its bytes. Copies of two
+    checkpoints may have files of equal sizes and times; and a file may be changed in place, and get its old time back.
     """
     digest = hashlib.sha256()
-    for tensors in (base, fine_tuned):
-        for info in tensors.infos():
+    for checkpoint in (base, fine_tuned):
+        for info in checkpoint.tensors.infos():
             status = info.file.stat()
-            file = f"{status.st_size}|{status.st_ino}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+            file = f"{status.st_size}|{status.st_ino}|{status.st_mtime_ns}"
             digest.update(f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{file}\n".encode())
+            digest.update(_some_bytes(info))
+        for path, data in checkpoint.assets(checked=False):
+            digest.update(f"{path}|{hashlib.sha256(data).hexdigest()}\n".encode())
     digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
     return digest.hexdigest()
+
+
+def _some_bytes(info: TensorInfo) -> bytes:
+    """Bytes of a tensor that stand for it: the first, the middle and the last _SAMPLED."""
+    starts = sorted({info.begin, (info.begin + info.end) // 2, max(info.begin, info.end - _SAMPLED)})
+    with open(info.file, "rb") as file:
+        return b"".join(os.pread(file.fileno(), min(_SAMPLED, info.end - at), at) for at in starts)
 
 
 def generated_count(plan: Plan, options: CompressOptions) -> int:

@@ -71,8 +71,11 @@ def module_delta(
     if module.encoding is Encoding.FULL:
         if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
             return Written(_lossless(module, base_array, ref, tuned_array, options))
-        whole = tuned_array if fitted is None or fitted.full is None else fitted.full
-        return Written(_full(module, ref, whole), None if fitted is None else fitted.report)
+        if fitted is not None and fitted.full is not None:
+            return Written(_full(module, ref, fitted.full), fitted.report)
+        whole = _full(module, ref, tuned_array)
+        saving = 0 if kept is None else _exact_saving(whole, base_array, tuned_array)
+        return Written(whole, None if fitted is None else fitted.report, exact_saving=saving)
     components: tuple[Component, ...] = ()
     report = None
     if fitted is not None:
@@ -101,11 +104,11 @@ def _exact_saving(delta: ModuleDelta, base: Array, tuned: Array) -> int:
 
     An index takes up to two bytes and the new weight its own, so few changed weights take fewer bytes than signs.
     """
-    if delta.base is None or delta.base.dtype is not delta.dtype:
+    if delta.base is None or delta.base.dtype is not delta.dtype or not delta.dtype.is_float or not delta.shape:
         return 0
-    signed = _payload_bytes(delta) - (0 if delta.tail is None else delta.tail.nbytes)
+    new = delta.dtype.size_of((delta.shape[0] - delta.kept, *delta.shape[1:]))
     changed = count_changed(base[: delta.kept], tuned[: delta.kept])
-    return max(0, signed - changed * (delta.dtype.itemsize + 2))
+    return max(0, _payload_bytes(delta) - new - changed * (delta.dtype.itemsize + 2))
 
 
 def _overflows(delta: ModuleDelta, base: Array, base_dtype: DType) -> bool:

@@ -274,7 +274,7 @@ def _write(
         writer.metadata[PLAN_KEY] = plan_text(planned)
         writer.metadata.update(fit.metadata)
         _add_report(writer, planned, reports, target_of(planned, options))
-        _note_exact(savings, writer.file_size())
+        _note_exact(savings, writer.file_size(), options)
         if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         for checkpoint in (base, fine_tuned):
@@ -282,13 +282,12 @@ def _write(
         return writer.finish(), writer.size, blocks
 
 
-def _note_exact(savings: Sequence[int], size: int) -> None:
+def _note_exact(savings: Sequence[int], size: int, options: CompressOptions) -> None:
     """Note that few weights changed, where exact tensors would save a good part of the file. savings: of modules."""
     if sum(savings) >= _EXACT_SAVING * size:
-        note(
-            f"in {counted(len(savings), 'tensor')} few weights changed; exact auto (--exact auto) stores them without "
-            f"a loss, in about {sum(savings)} bytes less"
-        )
+        how = "--exact auto, without a target" if options.has_target else "--exact auto"
+        found = f"in {counted(len(savings), 'tensor')} few weights changed"
+        note(f"{found}; exact ({how}) stores them without loss, in about {sum(savings)} bytes less")
 
 
 def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, ModuleReport], target: int | None) -> None:

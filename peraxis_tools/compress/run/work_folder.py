@@ -30,6 +30,7 @@ import numpy as np
 
 from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
+from peraxis_tools.notes import note
 from peraxis_tools.shown import counted
 from peraxis_tools.threads import THREADS_MAX
 
@@ -57,6 +58,8 @@ class WorkFolder:
         if not is_main_process:
             return
         if self.path.exists() and not (resume and self._recorded("digest") == digest):
+            if resume and self.finished():
+                note(f"{self.path}: of a run with other inputs or options, so this run begins anew")
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
         if {path.name for path in self.path.iterdir()} <= {_INPUTS}:

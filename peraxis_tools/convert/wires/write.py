@@ -16,8 +16,10 @@ from peraxis_tools.convert.wires import index_value, nemo, xor
 from peraxis_tools.convert.wires.read import WireName
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import ToolError
+from peraxis_tools.notes import note
 from peraxis_tools.outputs import claim_file, claim_folder
 from peraxis_tools.progress import Progress, watched
+from peraxis_tools.shown import listed
 
 __all__ = ["ToWireResult", "to_wire"]
 
@@ -80,6 +82,9 @@ def to_wire(
                 for name in (name for name in names[entry.name] if name in state):
                     packed.append(_WRITE[wire].pack(name, entry.dtype, old, new))
                     changed += moved
+        if file.manifest.assets:
+            names_left = listed([asset.path for asset in file.manifest.assets])
+            note(f"{file.path}: its small files ({names_left}) are left out, because a wire has none")
         options: dict[str, Any] = {}
         if wire == "xor":
             manifest = file.manifest
