@@ -50,6 +50,7 @@ _OF_DISTILLATION: Final = (
 )
 _OF_TEXT: Final = (
     "calibration",
+    "distill_samples",
     "text_column",
     "calibration_samples",
     "generated_samples",
@@ -58,7 +59,6 @@ _OF_TEXT: Final = (
     "batch_size",
     "seed",
     "compute_dtype",
-    "distill_samples",
     *_OF_DISTILLATION,
 )
 _RATE_MIN: Final = 1e-9

@@ -134,13 +134,14 @@ def test_the_extra_of_all_tools_holds_every_extra_that_a_verb_may_ask_for() -> N
 
 
 def test_every_third_party_import_of_the_tools_has_an_extra() -> None:
-    # torch installs Triton, transformers tokenizers, numba llvmlite, and datasets pyarrow.
+    # torch installs Triton, transformers tokenizers, numba llvmlite, datasets pyarrow, and model-signing cryptography.
     known = {
         *EXTRAS,
         "triton",
         "tokenizers",
         "llvmlite",
         "pyarrow",
+        "cryptography",
         "numpy",
         "click",
         "rich",
