@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, TypeVar
 
 from peraxis_format import ASSET_PATH
 from peraxis_tools.errors import ToolError
@@ -38,6 +38,7 @@ __all__ = [
 
 _ASSET_BYTES_MAX: Final = 64 << 20
 LEFT_BEHIND: Final = "peraxis.left_behind"  # metadata key: files that are left out, one in each line
+T = TypeVar("T")
 Group: TypeAlias = Literal["configuration", "tokenizer", "processor", "pipeline"]
 
 _TEMPLATES: Final = "additional_chat_templates"
@@ -68,15 +69,15 @@ def asset_group(path: str) -> Group | None:
     return next((group for group, pattern in _GROUPS if pattern.fullmatch(path)), None)
 
 
-def _groups(paths: Iterable[str]) -> set[str]:
-    """The groups of these files; a file that is in none is one of its own."""
-    return {asset_group(path) or path for path in paths}
+def _group_of(path: str) -> str:
+    """The group of a file; a file that is in none is a group of its own."""
+    return asset_group(path) or path
 
 
-def with_groups(before: Mapping[str, bytes], own: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The small files after a delta whose own are given: path -> bytes, in path order."""
-    replaced = _groups(own)
-    kept = {path: data for path, data in before.items() if (asset_group(path) or path) not in replaced}
+def with_groups(before: Mapping[str, T], own: Mapping[str, T]) -> dict[str, T]:
+    """The small files after a delta whose own are given, by path in order. T: whatever stands for a file."""
+    replaced = {_group_of(path) for path in own}
+    kept = {path: file for path, file in before.items() if _group_of(path) not in replaced}
     return dict(sorted({**kept, **own}.items()))
 
 
@@ -88,10 +89,11 @@ def changed_groups(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> d
     groups: dict[str, list[dict[str, bytes]]] = {}
     for side, files in enumerate((before, after)):
         for path, data in files.items():
-            groups.setdefault(asset_group(path) or path, [{}, {}])[side][path] = data
+            groups.setdefault(_group_of(path), [{}, {}])[side][path] = data
     for old, new in groups.values():
         if old and not new:
-            note(f"{', '.join(sorted(old))}: gone in the new state, but apply takes what the old one has")
+            gone = ", ".join(sorted(old))
+            note(f"{gone}: not in the new state, which an update cannot say; apply keeps those of the old state")
     changed = {path: data for old, new in groups.values() if old != new for path, data in new.items()}
     return dict(sorted(changed.items()))
 
@@ -100,27 +102,25 @@ def changed_groups(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> d
 class FolderAssets:
     """carried: the assets, as sorted paths relative to the folder. left: sorted files that a loaded model may need.
 
-    replaced: assets that are not read from the folder.
+    newer: assets that are not read from the folder.
     """
 
     folder: Path
     carried: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
-    replaced: Mapping[str, bytes] = field(default_factory=dict)
+    newer: Mapping[str, bytes] = field(default_factory=dict)
 
     def with_groups_of(self, own: Mapping[str, bytes]) -> FolderAssets:
         """The assets after updates whose own are given."""
-        replaced = _groups(own)
-        kept = [path for path in self.carried if (asset_group(path) or path) not in replaced]
-        return replace(self, carried=tuple(sorted([*kept, *own])), replaced=own)
+        return replace(self, carried=tuple(with_groups(dict.fromkeys(self.carried, b""), own)), newer=own)
 
     def read(self, path: str, *, checked: bool = True) -> bytes:
         """The bytes of an asset.
 
         Raises ToolError if it is too large, or, if `checked`, named .json and no receiver could read it.
         """
-        if path in self.replaced:
-            return self.replaced[path]
+        if path in self.newer:
+            return self.newer[path]
         file = self.folder / path
         size = file.stat().st_size
         target = _outside(file, self.folder)

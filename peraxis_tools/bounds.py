@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,16 +35,14 @@ def error_within(
         raise CheckFailedError(f"does not have the same tensors as {fine_tuned}, for example {odd}")
     for module in found.modules:
         if module.changes:
-            raise CheckFailedError(f"{module.name}: is not that of {fine_tuned}: {module.changes[0]}")
+            raise CheckFailedError(f"{module.name}: differs from that of {fine_tuned}: {module.changes[0]}")
         if module.distance is None and not module.identical:
-            raise CheckFailedError(f"{module.name}: is not that of {fine_tuned}, bit by bit")
-        if bound == 0.0 and not module.identical and module.distance == 0.0:
-            raise CheckFailedError(f"{module.name}: has a zero with another sign than in {fine_tuned}")
-        if not math.isfinite(module.distance or 0.0):
-            raise CheckFailedError(f"{module.name}: has a weight that is not finite, and not that of {fine_tuned}")
+            raise CheckFailedError(f"{module.name}: differs from that of {fine_tuned}: {module.note or 'in its bits'}")
+        if bound == 0.0 and module.distance == 0.0 and not module.identical:
+            raise CheckFailedError(f"{module.name}: differs from that of {fine_tuned} in bits that no distance shows")
     error = found.total.relative if found.total.measured else 0.0
     if error is None:
-        raise CheckFailedError(f"changes weights that {fine_tuned} has as in the base")
+        raise CheckFailedError(f"changes weights that are the base's in {fine_tuned}")
     if not error <= bound:
         raise CheckFailedError(f"relative error {error:.4g} is above {bound:g}")
     return f"relative error {error:.4g}, at most {bound:g}"

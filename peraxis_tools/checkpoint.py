@@ -28,13 +28,13 @@ class Checkpoint:
     """One opened checkpoint. A context manager.
 
     tensors: its safetensors, by name. identity: its name in manifests. folder: the folder of its small files, None for
-    a bare file. replaced: small files of updates on it, which take the place of their groups.
+    a bare file. newer: small files of updates on it, which take the place of their groups.
     """
 
     tensors: Safetensors
     identity: Identity
     folder: Path | None
-    replaced: Mapping[str, bytes] = field(default_factory=dict)
+    newer: Mapping[str, bytes] = field(default_factory=dict)
 
     def assets(self, *, checked: bool = True) -> Iterator[tuple[str, bytes]]:
         """Configuration, tokenizer, processor and chat templates: path and bytes, in path order (SPEC 3.12).
@@ -48,7 +48,7 @@ class Checkpoint:
     def folder_assets(self) -> FolderAssets:
         """The files of the folder that a delta contains, and those that it leaves out."""
         found = FolderAssets(folder=Path()) if self.folder is None else find_assets(self.folder)
-        return found.with_groups_of(self.replaced)
+        return found.with_groups_of(self.newer)
 
     def config(self) -> dict[str, Any]:
         """The parsed config.json. Raises ToolError if there is none."""

@@ -1,7 +1,8 @@
 """The files that a loaded model needs, its configuration and its tokenizer: whether a fine-tune has its own.
 
 A training script often saves neither, or a tokenizer's settings without its vocabulary. Both are then the base's, and a
-note says so. A tokenizer of the base is not taken for a vocabulary of another size.
+note says so. A tokenizer of the base is not taken for a vocabulary of another size. Updates are different: all that a
+state has not as the state before it is in the update (assets.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.notes import note
 
-__all__ = ["has_vocabulary", "note_borrowed", "note_missing", "takes_tokenizer"]
+__all__ = ["has_vocabulary", "is_update", "note_borrowed", "note_missing", "takes_tokenizer"]
 
 _CONFIG: Final = "config.json"
 _VOCABULARY: Final = re.compile(
@@ -28,6 +29,13 @@ def has_vocabulary(paths: Collection[str]) -> bool:
     return any(_VOCABULARY.fullmatch(path) for path in paths)
 
 
+def is_update(manifest: pxd.Manifest) -> bool:
+    """Whether `update` or a trainer wrote this file, with the small files that changed. `compress` stores all of them,
+    in a lossless file too.
+    """
+    return manifest.previous is not None or pxd.CHANGED_KEY in manifest.metadata
+
+
 def takes_tokenizer(delta: pxd.DeltaFile, base: Checkpoint) -> bool:
     """Whether a loader takes the tokenizer of the base: the delta has none, the base has, and their sizes agree."""
     own = [asset.path for asset in delta.manifest.assets]
@@ -37,8 +45,8 @@ def takes_tokenizer(delta: pxd.DeltaFile, base: Checkpoint) -> bool:
 
 
 def note_borrowed(delta: pxd.DeltaFile, base: Checkpoint) -> None:
-    """Note what a loaded model lacks, and what it has from the base. Updates (SPEC 3.14) have only what changed."""
-    if delta.manifest.result is not None:
+    """Note what a loaded model lacks, and what it has from the base. An update has only the groups that changed."""
+    if is_update(delta.manifest):
         return
     own, others = [asset.path for asset in delta.manifest.assets], base.folder_assets().carried
     if _CONFIG not in own:

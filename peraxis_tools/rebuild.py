@@ -14,7 +14,7 @@ import peraxis_format as pxd
 from peraxis_format.errors import BindingError, located
 from peraxis_tools.assets import asset_group
 from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.completeness import has_vocabulary, takes_tokenizer
+from peraxis_tools.completeness import has_vocabulary, is_update, takes_tokenizer
 from peraxis_tools.parallel import ordered_map
 from peraxis_tools.shards import TensorSpec
 
@@ -90,11 +90,11 @@ def assets_of(delta: pxd.DeltaFile, base: Checkpoint) -> Iterator[tuple[str, byt
     """The delta's assets, and those of the base in groups without an asset in the delta.
 
     The settings of a tokenizer without its vocabulary are no tokenizer: the base's other files of that group are added.
-    Not so for an update, which has every group that its state has not as before.
+    An update has all files of each group that changed, so nothing is added to such a group.
     """
     own = dict.fromkeys(asset.path for asset in delta.manifest.assets)
     groups = {asset_group(path) for path in own}
-    if delta.manifest.result is None:
+    if not is_update(delta.manifest):
         if takes_tokenizer(delta, base):
             groups.discard("tokenizer")
         elif not has_vocabulary(own):

@@ -32,11 +32,13 @@ def local_updates(
         found: list[Path] = []
         for source in sources:
             names = deltas_of(source)
-            copies = [stack.enter_context(local_copy(name, progress=progress)) for name in names]
-            left_out: set[Path] = set()
-            if len(copies) > 1:
-                links = [_link(path, source, len(copies)) for path in copies]
-                left_out = {link.path for link in beside_chain(links)}
+            copies: list[Path] = []
+            links: list[Link] = []
+            for name in names:
+                copies.append(stack.enter_context(local_copy(name, progress=progress)))
+                if len(names) > 1:  # a file that is no update is refused before the next one is fetched
+                    links.append(_link(copies[-1], source, len(names)))
+            left_out = {link.path for link in beside_chain(links)}
             used = [(name, path) for name, path in zip(names, copies, strict=True) if path not in left_out]
             if output is not None:
                 refuse_replaced_url(output, [name for name, _ in used])

@@ -18,15 +18,15 @@ __all__ = ["ChainState", "NoState", "StateNames", "state_after", "state_before"]
 
 def _assets_after(updates: Iterable[pxd.DeltaFile]) -> dict[str, bytes]:
     """The small files that these updates have, in order: path -> bytes. Of each group the last update that has it."""
-    found: dict[str, bytes] = {}
+    found: dict[str, pxd.DeltaFile] = {}
     for update in updates:
-        found = with_groups(found, {asset.path: update.asset(asset.path) for asset in update.manifest.assets})
-    return found
+        found = with_groups(found, {asset.path: update for asset in update.manifest.assets})
+    return {path: update.asset(path) for path, update in found.items()}  # those before are not read
 
 
 def state_after(base: Checkpoint, updates: Sequence[pxd.DeltaFile]) -> Checkpoint:
     """The checkpoint after some updates in order. The caller closes both."""
-    return replace(base, tensors=ChainState(base.tensors, updates), replaced=_assets_after(updates))
+    return replace(base, tensors=ChainState(base.tensors, updates), newer=_assets_after(updates))
 
 
 def state_before(files: Sequence[pxd.DeltaFile], base: Checkpoint) -> Checkpoint:

@@ -147,7 +147,7 @@ def compact(
             bound = {entry.name for entry in file.manifest.modules if entry.base is not None}
         with pxd.open(links[-1].path) as file:
             fine_tuned = file.manifest.fine_tuned
-        assets = dict(state.replaced)
+        assets = dict(state.newer)
         if bound:  # an anchor's are relative to nothing
             assets = changed_groups(dict(checkpoint.assets(checked=False)), dict(state.assets(checked=False)))
         job = UpdateJob(

@@ -196,8 +196,10 @@ def _result(
     for module in modules:
         groups.setdefault(module.group, []).append(module)
 
+    tied = {alias: name for name, alias in file.manifest.tied}
+
     def weights(name: str) -> int:
-        return math.prod(file.entry(name).shape)
+        return math.prod(file.entry(tied.get(name, name)).shape)
 
     against: Literal["a", "b"] = "a" if content_id_b is not None else "b"
     return DiffResult(

@@ -3,8 +3,8 @@
     d_A = sum of terms (or exact tensor - base)      d_B = fine-tuned - base      relative = ||d_A - d_B|| / ||d_B||
 
 Norms are of the delta before its last rounding (SPEC 6.1); `identical` compares the weights after it, bit by bit. Where
-a weight or its delta is not finite, equal bits count as no distance, and others as an infinite one. Rows that the base
-has not are in no norm; `changes` has the number of those that differ.
+a weight or its delta is not finite, equal bits count as no distance, and other bits leave the distance unknown. Rows
+that the base has not are in no norm; `changes` has the number of those that differ.
 
 Tensors are read in blocks of rows; each base row is read once for both uses.
 """
@@ -34,6 +34,7 @@ class _Sums:
     changed: int = 0
     identical: bool = True
     changes: tuple[str, ...] = ()
+    apart: bool = False  # a weight that is not finite differs
 
 
 def compare_with_checkpoint(
@@ -64,7 +65,7 @@ def compare_with_checkpoint(
         return ModuleDiff(name=shown, group=group_of(shown), identical=same, note="has no delta: compared bit by bit")
     sums = _sums(module, base, fine_tuned, wanted=shown)
     norm_b = math.sqrt(sums.square_b)
-    distance = math.sqrt(sums.square_distance)
+    distance = None if sums.apart else math.sqrt(sums.square_distance)
     return ModuleDiff(
         name=shown,
         group=group_of(shown),
@@ -75,6 +76,7 @@ def compare_with_checkpoint(
         norm_b=norm_b,
         distance=distance,
         relative=relative_distance(distance, norm_b),
+        note="a weight that is not finite differs" if sums.apart else None,
     )
 
 
@@ -99,7 +101,7 @@ def _sums(module: pxd.ModuleDelta, base: pxd.Safetensors, fine_tuned: pxd.Safete
             delta_b = (pxd.to_float32(wanted_block, module.dtype) - plain).reshape(-1).astype(np.float64)
             delta_a = delta_rows(module, rows, lambda _, plain=plain: plain).reshape(-1).astype(np.float64)  # type: ignore[misc]
         if not (math.isfinite(delta_a @ delta_a + delta_b @ delta_b) and _finite(rebuilt, module.dtype)):
-            _settle_odd(delta_a, delta_b, rebuilt, wanted_block, module.dtype)
+            sums.apart |= _settle_odd(delta_a, delta_b, rebuilt, wanted_block, module.dtype)
         sums.square_a += float(delta_a @ delta_a)
         sums.square_b += float(delta_b @ delta_b)
         sums.square_distance += float(np.square(delta_a - delta_b).sum())
@@ -126,12 +128,12 @@ def _settle_odd(
     rebuilt: pxd.Array,
     wanted: pxd.Array,
     dtype: pxd.DType,
-) -> None:
-    """Make the deltas comparable where one is not finite: zero for equal weights, else infinitely far apart."""
+) -> bool:
+    """Set both deltas to zero where one is not finite. Returns whether a weight there differs."""
     equal = np.all(_bits(rebuilt).reshape(delta_a.size, -1) == _bits(wanted).reshape(delta_a.size, -1), axis=1)
     odd = ~(np.isfinite(delta_a) & np.isfinite(delta_b) & np.isfinite(pxd.to_float32(rebuilt, dtype).reshape(-1)))
     delta_a[odd], delta_b[odd] = 0.0, 0.0
-    delta_a[odd & ~equal] = np.inf
+    return bool(np.any(odd & ~equal))
 
 
 def _bits(array: pxd.Array | None) -> pxd.Array:

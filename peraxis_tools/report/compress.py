@@ -50,7 +50,7 @@ def plan_lines(plan: Plan, *, compared: bool = False) -> None:
 def render_dry_run(result: RunEstimate, console: Console) -> None:
     """Print the bytes, memory and time of a run, in total and by stage.
 
-    A dry run reads no weights, so it does not know which tensors are unchanged, and with fewer bytes in the file.
+    A dry run reads no weights, so it counts tensors that did not change as changed.
     """
     smaller = times_smaller(result.full_bytes, result.bytes)
     bound, ratio = ("at most ", "") if result.upper_bound else ("", f", {smaller}, if every tensor changed")

@@ -56,8 +56,8 @@ def render_lora(result: LoraResult, console: Console) -> None:
         console.print(f"biases     {len(result.biases)}, loaded into the base's layers (bias=all)")
     if result.uncounted:
         console.print(
-            f"uncounted  {result.uncounted} of those that are left out, in no figure: exact tensors that are new, or "
-            "whose delta only --base tells"
+            f"uncounted  {result.uncounted} of the tensors that are left out are in no figure: they are new, or their "
+            "delta needs --base"
         )
     for item in result.left_out[:_SHOWN]:
         console.print(f"[yellow]left out[/]   {text(item.name)}: {text(item.reason)}")

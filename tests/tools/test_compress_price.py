@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,3 +144,10 @@ def test_every_target_is_used_up_to_one_step_and_the_padding_of_the_header(tmp_p
             left_over = target - predicted_size(spent, options)
             exact = all(m.encoding is Encoding.FULL for m in spent.modules)
             assert 0 <= left_over <= step + 4096 or exact, target
+
+
+def test_masks_that_make_a_weight_infinite_are_never_bought() -> None:
+    inf = math.inf
+    assert extended([1.0, inf, inf, 0.3]) == [1.0, inf, inf, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]
+    assert extended([1.0, 0.5, inf, inf]) == [1.0, 0.5, *[inf] * 7]
+    assert extended([1.0, 0.5, 0.7, 0.25])[:4] == [1.0, 0.5, 0.5, 0.25]

@@ -84,7 +84,7 @@ def test_a_dry_run_says_that_the_run_needs_force(tmp_path: Path, caplog: pytest.
     base, tuned = pair(tmp_path, 32)
     options = CompressOptions(fit="none")
     said = estimate_run(base, tuned, options=options)
-    (told,) = (record.message for record in caplog.records if "needs force" in record.message)
+    (told,) = (record.message for record in caplog.records if "refused without force" in record.message)
     assert f"would take {said.bytes} of 4096 bytes" in told
     caplog.clear()
     estimate_run(base, tuned, options=options, force=True)

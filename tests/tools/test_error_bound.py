@@ -63,10 +63,10 @@ def test_a_lossless_delta_has_no_error(tmp_path: Path, lossless: Path, tuned: Te
     [
         (EMBEDDING, lambda x: np.concatenate([x[:17], 2 * x[17:]]), "2 of 3 new rows differ"),
         (EMBEDDING, lambda x: x[:17], "shape 19x32 -> 17x32"),
-        (IDS, lambda x: x + 1, "bit by bit"),
+        (IDS, lambda x: x + 1, "compared bit by bit"),
         (NORM, lambda x: x.astype(np.float16), "dtype F32 -> F16"),
         (NORM, lambda x: 2 * x, "relative error"),
-        (Q, lambda x: np.where(x == x.max(), np.nan, x), "not finite"),
+        (Q, lambda x: np.where(x == x.max(), np.nan, x), "a weight that is not finite differs"),
     ],
 )
 def test_another_checkpoint_fails(
@@ -99,8 +99,9 @@ def test_a_weight_that_rounding_makes_infinite_is_an_infinite_error(tmp_path: Pa
     large = replace(component, exponent=11, scalar=np.ones(1, np.float16))
     write_delta(tmp_path / "d.pxd", [replace(signs, components=(large,))])
     (found,) = diff_checkpoint(tmp_path / "d.pxd", tmp_path / "tuned", base=tmp_path / "base").modules
-    assert found.distance == np.inf
-    with pytest.raises(CheckFailedError, match="not finite"):
+    assert found.distance is None
+    assert not found.identical
+    with pytest.raises(CheckFailedError, match="a weight that is not finite differs"):
         peraxis.verify(tmp_path / "d.pxd", base=tmp_path / "base", fine_tuned=tmp_path / "tuned", max_error=10.0)
 
 
@@ -132,13 +133,26 @@ def test_a_tied_tensor_is_compared_with_its_own_in_the_checkpoint(
         peraxis.verify(tmp_path / "u.pxd", base=tmp_path / "base", fine_tuned=tmp_path / "wanted", max_error=0.1)
 
 
+def test_an_alias_of_a_module_with_signs_is_compared_too(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    base = {EMBEDDING: (values(1, (16, 32)), pxd.DType.F32)}
+    head = {"lm_head.weight": base[EMBEDDING]}
+    write_checkpoint(tmp_path / "base", base | head)
+    module = sign_module(rng, EMBEDDING, base[EMBEDDING][0], base_dtype=pxd.DType.F32)
+    write_delta(tmp_path / "d.pxd", [module], tied=[(EMBEDDING, "lm_head.weight")])
+    wanted = {EMBEDDING: (pxd.reconstruct(module, base[EMBEDDING][0]), pxd.DType.F32)}
+    assert checked(tmp_path, tmp_path / "d.pxd", wanted | {"lm_head.weight": wanted[EMBEDDING]}, 0.01)
+    with pytest.raises(CheckFailedError, match=r"(relative error|the base.s)"):
+        checked(tmp_path, tmp_path / "d.pxd", wanted | head, 0.01)
+
+
 def test_a_bound_of_zero_sees_the_sign_of_a_zero(tmp_path: Path, base: Tensors) -> None:
     zeros = np.zeros(32, np.float32)
     write_checkpoint(tmp_path / "base", base)
     write_checkpoint(tmp_path / "tuned", base | {NORM: (-zeros, pxd.DType.F32)})
     update(tmp_path / "base", tmp_path / "tuned", tmp_path / "u.pxd")
     assert checked(tmp_path, tmp_path / "u.pxd", base | {NORM: (-zeros, pxd.DType.F32)}, 0.0)
-    with pytest.raises(CheckFailedError, match="a zero with another sign"):
+    with pytest.raises(CheckFailedError, match="in bits that no distance shows"):
         checked(tmp_path, tmp_path / "u.pxd", base | {NORM: (zeros, pxd.DType.F32)}, 0.0)
 
 

@@ -147,10 +147,10 @@ def test_a_key_that_is_no_file_is_not_called_missing(kind: str, delta: Path, tmp
 
 def test_a_key_of_another_kind_is_named(tmp_path: Path, delta: Path) -> None:
     from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    key = Ed25519PrivateKey.generate()
     kinds = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (tmp_path / "rsa.pem").write_bytes(key.private_bytes(*kinds))
-    done = CliRunner().invoke(sign_command, [str(delta), "--private-key", str(tmp_path / "rsa.pem")])
+    (tmp_path / "other.pem").write_bytes(key.private_bytes(*kinds))
+    done = CliRunner().invoke(sign_command, [str(delta), "--private-key", str(tmp_path / "other.pem")])
     assert "no elliptic-curve key; make one" in str(done.exception)

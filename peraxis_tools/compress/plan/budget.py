@@ -42,7 +42,7 @@ class Choice:
 
 def _choices_of(module: PlannedModule, errors: Sequence[float]) -> list[Choice]:
     """The possible encodings of a module: the base's weight, 1 to 8 masks, exact. errors: for 0 to 8 masks; infinite
-    for a number of masks that cannot be."""
+    for a number of masks that would make a weight infinite."""
     choices = [Choice(Encoding.SAME, 0, module_bytes(module, components=0, axis=None, same=True), errors[0])]
     for k in range(1, min(MASKS_MAX, len(errors) - 1) + 1):
         if math.isinf(errors[k]):
@@ -129,7 +129,7 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], options: CompressOp
     if target < sizes[1]:
         raise OptionError(
             f"target too small: {target} bytes; the smallest possible is {sizes[1]}, with every tensor that allows it "
-            "as in the base, and all others changed"
+            "as in the base, if every other one changed"
         )
     choices, best, least = (
         (_with_a_mask(choices), bests[0], floors[0]) if target >= sizes[0] else (choices, bests[1], floors[1])

@@ -65,6 +65,8 @@ def shares_left(module: PlannedModule, base: Safetensors, fine_tuned: Safetensor
     if not errors[0] > 0.0:  # the change is too small for E
         return [1.0] * (MASKS_MAX + 1)
     nothing = errors[0]
+    if math.isinf(nothing):  # a base in another dtype, beyond the range of this one
+        return [1.0] + [math.inf] * MASKS_MAX
     # Three digits, so that the plan does not depend on a library's last bits.
     return [float(f"{error / nothing:.3g}") for error in extended(errors)]
 
@@ -85,13 +87,13 @@ def measured_errors(module: PlannedModule, left: Array, right: Array) -> list[fl
 
 def extended(errors: Sequence[float]) -> list[float]:
     """Errors of 0 to MASKS_MAX masks from those of the first few. None is above the one before it, so that a mask that
-    does nothing is never bought; but masks that make a weight infinite have an infinite error."""
+    does nothing is never bought. The error is infinite where masks make a weight infinite."""
     found = [errors[0]]
     for error in errors[1:]:
         found.append(error if math.isinf(error) else min(error, found[-1]))
     if math.isinf(found[-1]):
         return found + [math.inf] * (1 + MASKS_MAX - len(found))
-    share = found[-1] / found[-2] if len(found) > 1 and found[-2] > 0.0 else 1.0
+    share = found[-1] / found[-2] if len(found) > 1 and 0.0 < found[-2] < math.inf else 1.0
     while len(found) <= MASKS_MAX:
         found.append(found[-1] * share)
     return found

@@ -35,7 +35,8 @@ def check_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: 
 def note_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: int) -> None:
     """Note that a run would refuse to write a file of `size` bytes, if it would."""
     if not saves(plan, size):
-        note(f"{_little_saved(plan, base, fine_tuned, size)}; if every tensor changed, the run needs force (--force)")
+        saved = _little_saved(plan, base, fine_tuned, size)
+        note(f"{saved}; if every tensor changed, the run will be refused without force (--force)")
 
 
 def _little_saved(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, size: int) -> str:

@@ -201,7 +201,7 @@ def _open_run(
         works = work_of(plan, options, text_of(plan, options, device, dtype, text))
         check_memory(works, options, held=held_bytes(), machine=machine_memory())
     names = map_names(LayerwiseModel(config, dtype=dtype, device=device).model, fine_tuned.tensors)
-    digest = inputs_digest(base, fine_tuned, text, options, device, dtype)
+    digest = inputs_digest(base.tensors, fine_tuned.tensors, config, text, options, device, dtype)
     is_main, threads = processes.is_main_process, torch.get_num_threads()
     work = WorkFolder(output, digest, resume=options.resume, threads=threads, is_main_process=is_main)
     processes.barrier()

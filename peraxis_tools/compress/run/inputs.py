@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from peraxis_format import DType, TensorInfo, __version__
+from peraxis_format import DType, Safetensors, TensorInfo, __version__
 from peraxis_tools.checkpoint import Checkpoint
 from peraxis_tools.compress.calibration.parts import calibrating
 from peraxis_tools.compress.fit.moments.collector import Batch
@@ -89,36 +91,39 @@ def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> li
 
 
 def inputs_digest(
-    base: Checkpoint,
-    fine_tuned: Checkpoint,
+    base: Safetensors,
+    fine_tuned: Safetensors,
+    config: Any,
     samples: Samples,
     options: CompressOptions,
     device: torch.device,
     dtype: torch.dtype,
 ) -> str:
-    """The digest of the inputs: tensors, small files (the configuration among them), text, options, version.
+    """The digest of the inputs: tensors, the configuration, text, options, version.
 
-    Of a tensor: name, dtype, shape and offset, size, inode and time of its file, and some of its bytes. Copies of two
-    checkpoints may have files of equal sizes and times; and a file may be changed in place, and get its old time back.
+    Of a tensor: name, dtype, shape and offset, size and time of its file, and some of its bytes. Copies of two
+    fine-tunes may have files of equal sizes and times, and a file may be changed in place and its time restored.
     """
     digest = hashlib.sha256()
-    for checkpoint in (base, fine_tuned):
-        for info in checkpoint.tensors.infos():
-            status = info.file.stat()
-            file = f"{status.st_size}|{status.st_ino}|{status.st_mtime_ns}"
-            digest.update(f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|{file}\n".encode())
-            digest.update(_some_bytes(info))
-        for path, data in checkpoint.assets(checked=False):
-            digest.update(f"{path}|{hashlib.sha256(data).hexdigest()}\n".encode())
+    for tensors in (base, fine_tuned):
+        for file, infos in groupby(sorted(tensors.infos(), key=lambda info: (str(info.file), info.begin)), _file_of):
+            status = file.stat()
+            with open(file, "rb") as opened:
+                for info in infos:
+                    digest.update(f"{info.name}|{info.dtype.value}|{info.shape}|{info.begin}|".encode())
+                    digest.update(f"{status.st_size}|{status.st_mtime_ns}\n".encode())
+                    last = max(info.begin, info.end - _SAMPLED)
+                    for start in sorted({info.begin, (info.begin + info.end) // 2, last}):
+                        opened.seek(start)
+                        digest.update(opened.read(min(_SAMPLED, info.end - start)))
+    model = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    digest.update(json.dumps(model, sort_keys=True, default=str).encode())
     digest.update(f"{__version__}|{samples.digest}|{options.canonical_json()}|{device.type}|{dtype}".encode())
     return digest.hexdigest()
 
 
-def _some_bytes(info: TensorInfo) -> bytes:
-    """Bytes of a tensor that stand for it: the first, the middle and the last _SAMPLED."""
-    starts = sorted({info.begin, (info.begin + info.end) // 2, max(info.begin, info.end - _SAMPLED)})
-    with open(info.file, "rb") as file:
-        return b"".join(os.pread(file.fileno(), min(_SAMPLED, info.end - at), at) for at in starts)
+def _file_of(info: TensorInfo) -> Path:
+    return info.file
 
 
 def generated_count(plan: Plan, options: CompressOptions) -> int:

@@ -28,12 +28,12 @@ from peraxis_tools.compress.plan.finite import check_finite
 from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
-from peraxis_tools.notes import note
 from peraxis_tools.rows import restrict, row_blocks
 
 __all__ = ["Written", "module_delta"]
 
 _F16_MAX: Final = 65504.0
+_OVERFLOW: Final = "stored exactly, because signs would make a weight infinite in F16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,7 @@ def module_delta(
             raise
     delta = _signed(module, ref, components, tail)
     if components and _overflows(delta, base_array[:kept], module.base_dtype):
-        note(f"{module.name}: is stored exactly, because signs would make a weight infinite in F16")
-        return Written(_lossless(module, base_array, ref, tuned_array, options))
+        return Written(_lossless(module, base_array, ref, tuned_array, options), ModuleReport(note=_OVERFLOW))
     if options.exact == AUTO:
         lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _payload_bytes(lossless) < _payload_bytes(delta):
@@ -119,7 +118,8 @@ def _overflows(delta: ModuleDelta, base: Array, base_dtype: DType) -> bool:
     if delta.dtype is not DType.F16:
         return False
     largest = max(sum(float(c.row.max() * c.col.max()) for c in components) for components in delta.factors())
-    if float(np.abs(to_float32(base, base_dtype)).max()) + largest < _F16_MAX:
+    blocks = (to_float32(base[rows], base_dtype) for rows in row_blocks(delta.covered))
+    if max(float(max(block.max(), -block.min())) for block in blocks) + largest < _F16_MAX:
         return False
     rebuilt = (reconstruct(restrict(delta, rows), base[rows]) for rows in row_blocks(delta.covered))
     return not all(np.isfinite(to_float32(block, DType.F16)).all() for block in rebuilt)

@@ -154,7 +154,7 @@ def _compress_pair(
     planned = _planned(base, fine_tuned, options, progress, force=force)
     if options.fit == "auto" and options.calibration is None and any(module.components for module in planned.modules):
         note(_NO_TEXT)
-    written: tuple[Manifest, int, Mapping[str, int]] | None = None
+    written: tuple[Manifest, int, Mapping[str, int], Mapping[str, str]] | None = None
     if options.resolved_fit != "none":
         progress("open", 0, OPEN_STEPS)  # imports of the next line included
     with _fitting(base, fine_tuned, output, options, progress, asked=asked) as fitting:
@@ -173,7 +173,8 @@ def _compress_pair(
         with open_delta(output) as delta:
             exact = [entry.name for entry in delta.manifest.modules if entry.encoding is Encoding.EXACT]
             blocks = sum((count_blocks(delta.load(name)) for name in exact), Counter[str]())
-            written = delta.manifest, delta.size, blocks
+            notes = {name: module.report.note for name, module in fit.modules.items() if module.report.note}
+            written = delta.manifest, delta.size, blocks, notes
     return _result(output, *written, fit, options)
 
 
@@ -228,10 +229,10 @@ def _write(
     *,
     overwrite: bool,
     force: bool,
-) -> tuple[Manifest, int, Mapping[str, int]]:
+) -> tuple[Manifest, int, Mapping[str, int], Mapping[str, str]]:
     """Write the file, unless it saves too little.
 
-    Returns its manifest, its size in bytes, and the modes of the blocks of its exact modules.
+    Returns its manifest, its size in bytes, the modes of the blocks of its exact modules, and the notes on modules.
     """
     planned = fit.plan
     reports: dict[str, ModuleReport] = {}
@@ -279,15 +280,16 @@ def _write(
             check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
         for checkpoint in (base, fine_tuned):
             checkpoint.tensors.check_unchanged()
-        return writer.finish(), writer.size, blocks
+        said = {name: report.note for name, report in reports.items() if report.note}
+        return writer.finish(), writer.size, blocks, said
 
 
 def _note_exact(savings: Sequence[int], size: int, options: CompressOptions) -> None:
-    """Note that few weights changed, where exact tensors would save a good part of the file. savings: of modules."""
+    """Note where exact tensors would save a good part of the file. savings: of modules that they would make smaller."""
     if sum(savings) >= _EXACT_SAVING * size:
         how = "--exact auto, without a target" if options.has_target else "--exact auto"
-        found = f"in {counted(len(savings), 'tensor')} few weights changed"
-        note(f"{found}; exact ({how}) stores them without loss, in about {sum(savings)} bytes less")
+        found = f"{counted(len(savings), 'tensor')} changed only in part"
+        note(f"{found}; exact ({how}) would store them without loss, in about {sum(savings)} bytes less")
 
 
 def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, ModuleReport], target: int | None) -> None:
@@ -302,12 +304,21 @@ def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, Module
         if said:
             writer.metadata[REPORT_KEY] = said
         if target is None or writer.file_size() <= target:
-            return
-    note(f"{writer.path}: {writer.file_size()} bytes, above the target of {target}")
+            break
+    else:
+        note(f"{writer.path}: {writer.file_size()} bytes, above the target of {target}")
+    if any(line[3] for line in lines.values()) and said != report_text(names, lines):
+        note(f"{writer.path}: has no notes of the fit, because they would take it above the target")
 
 
 def _result(
-    output: Path, manifest: Manifest, size: int, blocks: Mapping[str, int], fit: RunFit, options: CompressOptions
+    output: Path,
+    manifest: Manifest,
+    size: int,
+    blocks: Mapping[str, int],
+    notes: Mapping[str, str],
+    fit: RunFit,
+    options: CompressOptions,
 ) -> CompressResult:
     """The result for a written file; notes a fine-tune without any change."""
     encodings = count_encodings(module.encoding for module in manifest.modules)
@@ -326,7 +337,7 @@ def _result(
         blocks=dict(blocks),
         prefer=options.prefer,
         axis_counts=dict(sorted(axes.items())),
-        notes={name: module.report.note for name, module in fit.modules.items() if module.report.note},
+        notes=dict(notes),
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
         distillation=manifest.metadata.get(DISTILLATION_KEY, ""),

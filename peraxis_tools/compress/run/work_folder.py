@@ -59,7 +59,7 @@ class WorkFolder:
             return
         if self.path.exists() and not (resume and self._recorded("digest") == digest):
             if resume and self.finished():
-                note(f"{self.path}: of a run with other inputs or options, so this run begins anew")
+                note(f"{self.path}: belongs to a run with other inputs, options or version; this run begins anew")
             shutil.rmtree(self.path)
         self.path.mkdir(exist_ok=True)
         if {path.name for path in self.path.iterdir()} <= {_INPUTS}:
