@@ -53,6 +53,16 @@ def _hub_id(manifest: pxd.Manifest, delta: object) -> str:
     return named
 
 
+def _named(delta: str | Path | Sequence[str | Path], base: str | Path | None = None) -> list[str | Path]:
+    """A delta, or the updates of a chain, as a list. Raises ToolError for none, and if base and delta are swapped."""
+    named = sequence(delta)
+    if not named:
+        raise ToolError("no delta to load; pass one")
+    if base is not None:
+        refuse_swapped(base, named[0])
+    return named
+
+
 def load_model(
     base: str | Path,
     delta: str | Path | Sequence[str | Path] | None = None,
@@ -77,11 +87,7 @@ def load_model(
     from peraxis_format.ops.tensors import from_storage
     from peraxis_tools.environment import parse_config
 
-    named = sequence(base if delta is None else delta)
-    if not named:
-        raise ToolError("no delta to load; pass one")
-    if delta is not None:
-        refuse_swapped(base, named[0])
+    named = _named(base) if delta is None else _named(delta, base)
     if "torch_dtype" in options:  # transformers' former name of dtype
         options.setdefault("dtype", options.pop("torch_dtype"))
     with (
@@ -170,11 +176,7 @@ def load(
     delta, options, progress: as in `load_model`. base: a folder or hub id, by default that of the manifest. Raises
     PxdError, CheckpointError, ToolError.
     """
-    named = sequence(delta)
-    if not named:
-        raise ToolError("no delta to load; pass one")
-    if base is not None:
-        refuse_swapped(base, named[0])
+    named = _named(delta, base)
     with local_updates(named) as paths:
         with opened_deltas(paths) as files:
             where = with_revision(_hub_id(files[0].manifest, named[0]) if base is None else base, base_revision)

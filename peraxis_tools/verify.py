@@ -45,8 +45,9 @@ def verify(
     or a hub id; step 12 is checked on it, or, for an update that follows others of these files, on the state after
     them. expect_content_id: the content IDs that a delta may have. signature: check the bundle, by default
     `<delta>.sig`, by a public key or a chain of certificates; each of these three also asks for this check.
-    max_error, max_kl: bounds on base + delta against fine_tuned: the relative error of the deltas, and KL in nats per
-    token on each of the texts (domain -> text). keep_going: check all files, and return failures instead of raising.
+    max_error, max_kl: bounds on base + delta against fine_tuned: the relative error of the deltas (what has none
+    must be equal: names, dtypes, shapes, new rows, bits), and KL in nats per token on each of the texts (domain ->
+    text). keep_going: check all files, and return failures instead of raising.
     progress: called with numbers of bytes, or True for a bar. Raises PxdError, CheckFailedError, CheckpointError,
     ToolError, OSError.
     """

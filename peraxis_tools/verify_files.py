@@ -4,7 +4,8 @@ The checks of one file run in this order and end with the first that does not pa
 
     structure   steps 1 to 8 of SPEC 8          payload    steps 9 to 11
     content id  it is one of those expected     signature  the bundle matches file and key
-    base        step 12                         error, kl  bounds against the fine-tuned checkpoint
+    base        step 12                         error, kl  bounds against the fine-tuned checkpoint; of an update that
+                                                           follows another of the files, `fine-tuned` says why not
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NoReturn, TypeAlias
 
 import peraxis_format as pxd
 from peraxis_tools.chain.checks import BaseChecks
@@ -242,10 +243,10 @@ def _content_id(delta: pxd.DeltaFile, expected: Sequence[str]) -> str:
     return delta.content_id
 
 
-def _refuse_follower(before: Path) -> str:
+def _refuse_follower(before: Path) -> NoReturn:
     raise ToolError(
-        f"follows {before.name}, and only the last state of a chain is that of a fine-tune: apply the chain, or pass "
-        "this update alone with the state before it as base (--base)"
+        f"follows {before.name}; an update in a chain is not compared with a fine-tune: apply the chain, or pass this "
+        "update alone with the state before it as base (--base)"
     )
 
 

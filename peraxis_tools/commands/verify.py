@@ -61,7 +61,8 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 @click.option(
     "--max-error",
     type=Finite(min=0),
-    help="The largest relative error of the weights. A fit on text lowers the outputs' error instead: see --max-kl.",
+    help="The largest relative error of the weights; new rows, and what is no float, must be equal. A fit on text "
+    "lowers the error of the outputs instead: see --max-kl.",
 )
 @click.option("--max-kl", type=Finite(min=0), help="The largest KL to the fine-tune, in nats per token.")
 @click.option(

@@ -161,7 +161,7 @@ def test_an_update_that_follows_another_is_not_compared_with_a_fine_tune(
 ) -> None:
     write_checkpoint(tmp_path / "next", tuned | {NORM: (2 * tuned[NORM][0], pxd.DType.F32)})
     update(tmp_path / "tuned", tmp_path / "next", tmp_path / "v.pxd")
-    with pytest.raises(ToolError, match=r"follows u\.pxd, .* apply the chain"):
+    with pytest.raises(ToolError, match=r"follows u\.pxd; .* apply the chain"):
         peraxis.verify(
             [tmp_path / "v.pxd", lossless], base=tmp_path / "base", fine_tuned=tmp_path / "next", max_error=0.0
         )
