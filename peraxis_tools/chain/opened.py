@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.chain.order import chain_order, link_of
+from peraxis_tools.chain.order import Link, chain_order, link_of
 from peraxis_tools.errors import ToolError
 from peraxis_tools.predecessor import predecessor_named
 
-__all__ = ["opened_all", "opened_deltas"]
+__all__ = ["opened_all", "opened_deltas", "opened_in_order"]
 
 _DESCRIPTORS: Final = 2  # descriptors of one open file: its own, and that of its map
 _OTHERS: Final = 64  # files that a process opens besides
@@ -31,6 +31,17 @@ def opened_all(paths: Sequence[Path]) -> Iterator[list[pxd.DeltaFile]]:
 
 
 @contextlib.contextmanager
+def opened_in_order(paths: Sequence[Path]) -> Iterator[tuple[list[Link], list[pxd.DeltaFile]]]:
+    """Yield the updates of a chain in order: their links, and the open files. Raises as opened_deltas does."""
+    links = chain_order(map(link_of, paths)) if paths else []
+    with (
+        opened_all([link.path for link in links]) as files,
+        predecessor_named(*files) if files else contextlib.nullcontext(),
+    ):
+        yield links, files
+
+
+@contextlib.contextmanager
 def opened_deltas(deltas: Sequence[Path]) -> Iterator[Sequence[pxd.DeltaFile]]:
     """Yield a delta, or the updates of a chain in order. Raises ToolError, CheckFailedError, PxdError, OSError."""
     if len(deltas) == 1:
@@ -44,7 +55,7 @@ def opened_deltas(deltas: Sequence[Path]) -> Iterator[Sequence[pxd.DeltaFile]]:
                     f"{path}: is a delta and not an update of a chain, so it is applied alone; "
                     "to add several deltas up, use merge"
                 )
-    with opened_all([link.path for link in chain_order(map(link_of, deltas))]) as files, predecessor_named(*files):
+    with opened_in_order(deltas) as (_, files):
         yield files
 
 

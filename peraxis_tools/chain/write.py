@@ -16,8 +16,8 @@ import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.assets import changed_groups
 from peraxis_tools.blocks import count_blocks
-from peraxis_tools.chain.opened import opened_all
-from peraxis_tools.chain.order import Link, chain_order, link_of
+from peraxis_tools.chain.opened import opened_in_order
+from peraxis_tools.chain.order import Link
 from peraxis_tools.chain.siblings import own_turn, refuse_disorder
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState, state_after
@@ -27,7 +27,6 @@ from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
 from peraxis_tools.module_counts import count_encodings
 from peraxis_tools.parallel import ordered_map
-from peraxis_tools.predecessor import predecessor_named
 from peraxis_tools.progress import Progress, Steps, watched
 from peraxis_tools.remote import is_remote
 from peraxis_tools.remote_output import output_file
@@ -67,13 +66,8 @@ def open_chain(base: Checkpoint, updates: Sequence[str | Path]) -> Iterator[tupl
 
     Raises PxdError, CheckFailedError, ToolError, CheckpointError.
     """
-    with local_updates(updates) as paths:
-        ordered = chain_order(map(link_of, paths)) if paths else []
-        with contextlib.ExitStack() as stack:
-            files = stack.enter_context(opened_all([link.path for link in ordered]))
-            if files:
-                stack.enter_context(predecessor_named(*files))
-            yield state_after(base, files), ordered
+    with local_updates(updates) as paths, opened_in_order(paths) as (links, files):
+        yield state_after(base, files), links
 
 
 def update(

@@ -299,7 +299,8 @@ def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, Module
     """
     names = [module.name for module in planned.modules]
     lines = {n: (r.error, r.error_none, r.error_same, r.note) for n, r in reports.items()}
-    for said in (report_text(names, lines), report_text(names, {n: (*line[:3], "") for n, line in lines.items()}), ""):
+    whole = report_text(names, lines)
+    for said in (whole, report_text(names, {n: (*line[:3], "") for n, line in lines.items()}), ""):
         writer.metadata.pop(REPORT_KEY, None)
         if said:
             writer.metadata[REPORT_KEY] = said
@@ -307,8 +308,8 @@ def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, Module
             break
     else:
         note(f"{writer.path}: {writer.file_size()} bytes, above the target of {target}")
-    if any(line[3] for line in lines.values()) and said != report_text(names, lines):
-        note(f"{writer.path}: has no notes of the fit, because they would take it above the target")
+    if said != whole:
+        note(f"{writer.path}: the report of the fit lacks its notes or is left out, to keep the file within the target")
 
 
 def _result(
