@@ -46,7 +46,7 @@ def bomb(unit: str) -> bytes:
     """A header of the largest size whose one record repeats `unit`."""
     start = MAGIC + '1.0","manifest":"{}"},"a":['
     times = (LIMIT - len(start) - 8) // (len(unit) + 1)
-    return frame((start + ",".join([unit] * times) + "]}").encode(), b"")
+    return frame((start + (unit + ",") * (times - 1) + unit + "]}").encode(), b"")
 
 
 def deep(opening: str) -> bytes:
@@ -61,7 +61,10 @@ def digits() -> bytes:
 
 def long_keys() -> bytes:
     start = MAGIC + '1.0","manifest":"{}"}'
-    keys = "".join(f',"{i:07x}":0' for i in range((LIMIT - len(start) - 1) // 12))
+    # The last three digits are formatted once: 5.6 million keys one by one take seconds.
+    page = "".join(f',"----{i:03x}":0' for i in range(4096))
+    count = (LIMIT - len(start) - 1) // 12
+    keys = "".join(page.replace("----", f"{i:04x}") for i in range(count // 4096 + 1))[: 12 * count]
     return frame((start + keys + "}").encode(), b"")
 
 

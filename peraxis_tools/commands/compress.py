@@ -21,9 +21,9 @@ from peraxis_tools.commands.options import (
     refuse_given,
     threads_option,
 )
-from peraxis_tools.compress import CompressOptions, compress
+from peraxis_tools.compress import compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES
-from peraxis_tools.compress.options_file import read_options
+from peraxis_tools.compress.options_file import options_of
 from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.heap import tune_process
 from peraxis_tools.outputs import check_delta
@@ -189,9 +189,7 @@ def command(
     """
     if config is not None and given["recipe"] is not None and is_delta(config):
         refuse_given("recipe", why=f"beside --config {config}, which has every option")
-    values = read_options(config) if config is not None else {}
-    values.update({name: value for name, value in given.items() if value not in (None, ())})
-    options = CompressOptions.from_mapping(values)
+    options = options_of(config, {name: value for name, value in given.items() if value not in (None, ())})
     tune_process()
     if dry_run:
         texts = check_calibration(options.calibration)

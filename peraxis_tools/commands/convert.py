@@ -110,18 +110,7 @@ def command(
              peraxis-tools convert weight_v000124 --base step-123 -o step-000124.pxd
              peraxis-tools convert step-000124.pxd --to index-value --base step-123 -o step-124.safetensors
     """
-    if target in ("pxd", None) and source.partition("?")[0].endswith(".pxd"):
-        raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
-    if target in ("pxd", None):
-        _refuse_other(source, layout)
-    if target in ("pxd", "checkpoint", None) and base is None:
-        raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
-    if target in WIRES and base is None:
-        raise ToolError(f"{source}: pass --base, the state that this update was made on")
-    if target != "lora":
-        refuse_given("rank", "max_error", why="without --to lora")
-    if target not in ("pxd", None):
-        refuse_given("layout", "axis", "name", "prefer", why=f"with --to {target}")
+    _check_asked(source, target, base, layout)
     step = staged(quiet=quiet)
     with fetched([source], quiet=quiet) as (path,), updates_of(after, quiet=quiet) as before:
         wire = _wire(path, layout) if target in ("pxd", None) else None
@@ -157,6 +146,22 @@ def command(
             emit(result, render_lora, schema="peraxis.convert-lora/1", as_json=as_json, written=output)
         case ToPxdResult():
             emit(result, render_to_pxd, schema="peraxis.convert/1", as_json=as_json, written=output)
+
+
+def _check_asked(source: str, target: str | None, base: str | None, layout: str) -> None:
+    """Raise ToolError for a source, a base or an option that does not go with the target."""
+    if target in ("pxd", None) and source.partition("?")[0].endswith(".pxd"):
+        raise ToolError(f"{source}: is already a .pxd; pass --to lora or --to checkpoint")
+    if target in ("pxd", None):
+        _refuse_other(source, layout)
+    if target in ("pxd", "checkpoint", None) and base is None:
+        raise ToolError(f"{source}: pass --base, the checkpoint that this delta is for")
+    if target in WIRES and base is None:
+        raise ToolError(f"{source}: pass --base, the state that this update was made on")
+    if target != "lora":
+        refuse_given("rank", "max_error", why="without --to lora")
+    if target not in ("pxd", None):
+        refuse_given("layout", "axis", "name", "prefer", why=f"with --to {target}")
 
 
 def _refuse_other(source: str, layout: str) -> None:

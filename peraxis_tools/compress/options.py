@@ -265,8 +265,12 @@ class CompressOptions:
 
     @classmethod
     def from_yaml(cls, path: Path) -> CompressOptions:
-        """Options from a YAML file. Raises OptionError if it is not a mapping of known keys."""
-        return cls.from_mapping(read_yaml(path))
+        """Options from a YAML file. Raises OptionError if it is not a mapping of known keys and allowed values."""
+        values = read_yaml(path)
+        try:
+            return cls.from_mapping(values)
+        except OptionError as error:
+            raise OptionError(f"{path}: {error}") from None
 
     def content(self) -> dict[str, Any]:
         """The options that determine the bytes of the file, for the manifest and for resuming; floats as strings."""

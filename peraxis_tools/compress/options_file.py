@@ -8,13 +8,36 @@ from typing import Any
 
 from peraxis_format import open as open_delta
 from peraxis_tools.checkpoint import is_delta
-from peraxis_tools.compress.options import SAMPLES_MOST, OptionError, read_yaml
+from peraxis_tools.compress.options import SAMPLES_MOST, CompressOptions, OptionError, read_yaml
 from peraxis_tools.metadata_keys import CONFIG_KEY
 
-__all__ = ["read_options"]
+__all__ = ["options_of"]
 
 
-def read_options(path: Path) -> dict[str, Any]:
+def options_of(config: Path | None, given: dict[str, Any]) -> CompressOptions:
+    """The options of `config` under those of the command line. An error that is the file's own names the file.
+
+    Raises OptionError, also for a delta that `compress` did not write; PxdError for a damaged delta.
+    """
+    own = {} if config is None else _read_options(config)
+    try:
+        return CompressOptions.from_mapping(own | given)
+    except OptionError as error:
+        if config is not None and _fault(own) == str(error):
+            raise OptionError(f"{config}: {error}") from None
+        raise
+
+
+def _fault(values: dict[str, Any]) -> str | None:
+    """The error of these options alone."""
+    try:
+        CompressOptions.from_mapping(values)
+    except OptionError as error:
+        return str(error)
+    return None
+
+
+def _read_options(path: Path) -> dict[str, Any]:
     """The options in a YAML file, or those in the metadata of a .pxd, by their names in files.
 
     Raises OptionError for a delta that `compress` did not write, and as `read_yaml`; PxdError for a damaged delta.

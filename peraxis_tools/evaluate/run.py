@@ -72,15 +72,14 @@ def evaluate(
     candidates, tasks = sequence(CANDIDATES if candidates is None else candidates), sequence(tasks)
     task_path = None if task_path is None else Path(task_path)
     _check_asked(texts, tasks, candidates)
-    check_choice("compute_dtype", compute_dtype, get_args(EvaluationDType))
-    check_least("sequence_length", sequence_length, 2)
-    for name, value in (("samples", samples), ("batch_size", batch_size), ("task_limit", task_limit)):
-        check_least(name, value, 1)
-    check_least("seed", seed, 0)
     if not tasks:
         refuse_idle("without tasks", task_limit=task_limit, task_path=task_path)
     if not texts:
         refuse_idle("without texts", text_column=text_column)
+    check_choice("compute_dtype", compute_dtype, get_args(EvaluationDType))
+    _check_counts(
+        sequence_length=sequence_length, samples=samples, batch_size=batch_size, task_limit=task_limit, seed=seed
+    )
     refuse_swapped(fine_tuned, delta)
     refuse_swapped(base, delta)
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")
@@ -135,6 +134,13 @@ def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidat
     check_texts(texts.values())
     if not texts and not tasks:
         raise ToolError("nothing to evaluate on; give texts (--text domain=file) or tasks (--tasks)")
+
+
+def _check_counts(*, sequence_length: int, seed: int, **counts: int | None) -> None:
+    check_least("sequence_length", sequence_length, 2)
+    for name, value in counts.items():
+        check_least(name, value, 1)
+    check_least("seed", seed, 0)
 
 
 def worst_kl(

@@ -70,19 +70,27 @@ class Server:
 
     def complete(self, model: str, prompt: Sequence[int], *, tokens: int = 12) -> Any:
         """Return [tokens, log-probabilities] of a greedy completion."""
-        body = {
-            "model": model,
-            "prompt": list(prompt),
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 1,
-            "return_token_ids": True,
-        }
-        status, answer = self.post("/v1/completions", body)
+        status, answer = self.post("/v1/completions", _greedy(model, prompt, tokens) | {"logprobs": 1})
         assert status == 200, (status, answer)
         choice = answer["choices"][0]
         return [choice["token_ids"], choice["logprobs"]["token_logprobs"]]
+
+    def begin(self, model: str, prompt: Sequence[int], *, tokens: int) -> Callable[[], list[int]]:
+        """Start a greedy completion and return after its first event; the result waits for its end: all tokens."""
+        events = self.stream("/v1/completions", _greedy(model, prompt, tokens))
+        first = next(events)
+        return lambda: [token for event in (first, *events) for token in event["choices"][0]["token_ids"]]
+
+
+def _greedy(model: str, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
 
 
 def together(calls: list[Callable[[], Any]]) -> list[Any]:

@@ -79,14 +79,9 @@ def test_requests_that_run_end_with_the_old_weights_and_queued_ones_get_the_new(
 ) -> None:
     assert swapping.post("/v1/peraxis/use", {"variant": None})[0] == 200
     alone = swapping.complete("base", PROMPTS[0], tokens=150)[0]
-
-    def swap() -> Any:
-        time.sleep(0.2)
-        return swapping.post("/v1/peraxis/use", {"variant": "v1", "requests": "wait"})
-
-    *running, swapped = together([lambda: swapping.complete("base", PROMPTS[0], tokens=150)[0]] * 4 + [swap])
-    assert swapped[0] == 200
-    assert running == [alone] * 4
+    running = [swapping.begin("base", PROMPTS[0], tokens=150) for _ in range(4)]
+    assert swapping.post("/v1/peraxis/use", {"variant": "v1", "requests": "wait"})[0] == 200
+    assert [ended() for ended in running] == [alone] * 4
     assert alone[:12] == tokens(references, "base", 0)
     assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v1", 0)
 
@@ -96,15 +91,11 @@ def test_a_swap_that_would_wait_too_long_is_given_up_and_nothing_changes(
 ) -> None:
     assert swapping.post("/v1/peraxis/use", {"variant": "v1"})[0] == 200
     alone = swapping.complete("base", PROMPTS[0], tokens=200)[0]
-
-    def swap() -> Any:
-        time.sleep(0.1)
-        return swapping.post("/v1/peraxis/use", {"variant": "v2", "timeout": 0.01})
-
-    running, (status, answer) = together([lambda: swapping.complete("base", PROMPTS[0], tokens=200)[0], swap])
+    running = swapping.begin("base", PROMPTS[0], tokens=200)
+    status, answer = swapping.post("/v1/peraxis/use", {"variant": "v2", "timeout": 0.01})
     assert status == 503, answer
     assert "abort" in answer["error"]
-    assert running == alone
+    assert running() == alone
     assert swapping.get("/v1/peraxis")[1]["variant"] == "v1"
     assert swapping.complete("base", PROMPTS[0])[0] == tokens(references, "v1", 0)
 

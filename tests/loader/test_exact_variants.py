@@ -87,25 +87,37 @@ def test_apply_writes_the_bits_of_the_reference(
     assert bytes_of(named_tensors(model)) == expected_bytes(path, base)
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "tied"])
+def three(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bool, dict[str, Path], dict[str | None, dict[str, bytes]]]:
+    """Whether tensors of Larger are tied, three variants of it, and the bytes of each and of the base (None)."""
+    base = base_of(Larger(tied=request.param))
+    every = tuple(name for name in base if name != "head.weight")
+    chosen = {"a": EXACT, "b": ("second.weight", "norm.bias"), "c": every}
+    folder = tmp_path_factory.mktemp("three")
+    paths = {
+        name: write_mixed(folder / f"{name}.pxd", base, 10 * seed, exact, tied=request.param)
+        for seed, (name, exact) in enumerate(chosen.items())
+    }
+    return request.param, paths, {None: bytes_of(base)} | {name: expected_bytes(paths[name], base) for name in paths}
+
+
 @pytest.mark.parametrize("options", [
     {"residency": "pinned"}, {"residency": "file"}, {"base": "undo"}, {"base": "undo", "small": True},
 ])  # fmt: skip
-@pytest.mark.parametrize("tied", [False, True])
 def test_random_swaps_have_the_bits_of_the_reference_at_every_residency(
-    options: dict[str, Any], tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    three: tuple[bool, dict[str, Path], dict[str | None, dict[str, bytes]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if options.get("small"):
         monkeypatch.setattr(undo, "_STRETCH", BLOCK)  # several stretches a tensor
+    tied, paths, wanted = three
     model = Larger(tied=tied)
-    base = base_of(model)
-    every = tuple(name for name in base if name != "head.weight")
-    chosen = {"a": EXACT, "b": ("second.weight", "norm.bias"), "c": every}
-    wanted = {None: bytes_of(base)}
     chooser = random.Random(3)
     with VariantSwitch(model, base=options.get("base", "auto")) as switch:
-        for seed, (name, exact) in enumerate(chosen.items()):
-            path = write_mixed(tmp_path / f"{name}.pxd", base, 10 * seed, exact, tied=tied)
-            wanted[name] = expected_bytes(path, base)
+        for name, path in paths.items():
             switch.add(name, path, options.get("residency"))
             switch.use(name)  # so that the next one is added while the model is a variant
         for _ in range(12):

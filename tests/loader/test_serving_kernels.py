@@ -66,14 +66,24 @@ class Batched:
         return total, size
 
 
-@pytest.mark.parametrize("dtype", list(ROUNDOFF))
-@pytest.mark.parametrize(("rows", "height"), [(1, 16), (33, 16), (50, 64)])
-@pytest.mark.parametrize(
-    ("d_out", "d_in", "split"), [(8, 8, 1), (70, 75, 2), (33, 200, 4), (3, 1033, 2), (33, 384, 2), (40, 128, 1)]
-)
+DTYPES = tuple(ROUNDOFF)
+
+
+def pairs_of(*columns: Sequence[object]) -> list[tuple[object, ...]]:
+    """Rows of one value of each column: any two values of the first two columns meet, and of either with the third."""
+    first, second, third = columns
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "tile"), pairs_of(
+    [(8, 8, 1), (70, 75, 2), (33, 200, 4), (3, 1033, 2), (33, 384, 2), (40, 128, 1)],
+    DTYPES,
+    [(1, 16), (33, 16), (50, 64)],
+))  # fmt: skip
 def test_decode_adds_each_rows_terms_whatever_the_split(
-    dtype: torch.dtype, rows: int, height: int, d_out: int, d_in: int, split: int
+    shape: tuple[int, int, int], dtype: torch.dtype, tile: tuple[int, int]
 ) -> None:
+    (d_out, d_in, split), (rows, height) = shape, tile
     one = Batched(rows, d_out, d_in, dtype, base=rows > 1)
     base = one.x @ one.weight.t()
     out = base.clone()
@@ -119,10 +129,11 @@ def test_decode_without_column_scales_takes_inputs_as_they_are() -> None:
     assert found[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("dtype", list(ROUNDOFF))
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("d_out", "d_in"), [(8, 8), (70, 75), (65, 200), (3, 1033)])
-def test_a_single_row_is_multiplied_in_one_pass(dtype: torch.dtype, bias: bool, d_out: int, d_in: int) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bias"), pairs_of([(8, 8), (70, 75), (65, 200), (3, 1033)], DTYPES, [False, True])
+)
+def test_a_single_row_is_multiplied_in_one_pass(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> None:
+    d_out, d_in = shape
     one = Batched(1, d_out, d_in, dtype)
     added = torch.randn(d_out).to(dtype).to(DEVICE)
     for v in range(3):
@@ -139,10 +150,9 @@ def test_a_single_row_is_multiplied_in_one_pass(dtype: torch.dtype, bias: bool, 
         assert torch.all((out.double() - exact).abs() <= bound)
 
 
-@pytest.mark.parametrize("dtype", list(ROUNDOFF))
-@pytest.mark.parametrize("rows", [1, 5, 33])
-@pytest.mark.parametrize(("d_out", "d_in"), [(8, 8), (70, 75), (65, 200)])
-def test_prefill_multiplies_with_the_merged_weights(dtype: torch.dtype, rows: int, d_out: int, d_in: int) -> None:
+@pytest.mark.parametrize(("shape", "dtype", "rows"), pairs_of([(8, 8), (70, 75), (65, 200)], DTYPES, [1, 5, 33]))
+def test_prefill_multiplies_with_the_merged_weights(shape: tuple[int, int], dtype: torch.dtype, rows: int) -> None:
+    d_out, d_in = shape
     one = Batched(rows, d_out, d_in, dtype, base=False)
     out = torch.empty(rows, d_out, dtype=dtype).to(DEVICE)
     tiles = one.batch.tiles(one.present, (16,))

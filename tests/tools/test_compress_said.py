@@ -42,6 +42,17 @@ def test_an_option_overrides_that_of_the_delta(pair: tuple[Path, Path], tmp_path
         assert {len(module.components) for module in delta.manifest.modules} == {0, 1}
 
 
+def test_an_error_names_the_file_of_options_where_it_is_the_file_s_own(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("masks: nine\n")
+    said = str(_ran(*pair, tmp_path / "a.pxd", "--config", str(path)).exception)
+    assert said == f"{path}: masks 'nine': must be auto, or 1 to 8"
+    assert _ran(*pair, tmp_path / "a.pxd", "--config", str(path), "--masks", "1").exit_code == 0
+    path.write_text("masks: 1\n")
+    said = str(_ran(*pair, tmp_path / "b.pxd", "--config", str(path), "--masks", "9").exception)
+    assert said.startswith("masks 9:")
+
+
 def test_a_delta_that_compress_did_not_write_has_no_options(pair: tuple[Path, Path], tmp_path: Path) -> None:
     update(*pair, tmp_path / "a.pxd")
     done = _ran(*pair, tmp_path / "b.pxd", "--config", str(tmp_path / "a.pxd"))
