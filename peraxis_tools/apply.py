@@ -13,10 +13,10 @@ from peraxis_tools.arguments import check_least, check_workers, sequence
 from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint, refuse_swapped
-from peraxis_tools.completeness import note_borrowed
+from peraxis_tools.checkpoint import open_checkpoint, refuse_swapped
+from peraxis_tools.completeness import note_borrowed, refuse_foreign
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import MARKER, atomic_folder
 from peraxis_tools.outputs import claim_folder
 from peraxis_tools.progress import Progress, watched
@@ -81,7 +81,7 @@ def apply(
     ):
         file, checkpoint = files[-1], state_before(files, opened)
         refuse_part(file.manifest, file.path)
-        _refuse_foreign(file, checkpoint)
+        refuse_foreign(files[0], opened)
         _refuse_repeats(file, opened.tensors.size + sum(path.stat().st_size for path in paths))
         note_borrowed(file, checkpoint)
         shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_size)
@@ -112,13 +112,6 @@ def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:
             f"{file.path}: ties so many tensors that {size} bytes would be written from {read} bytes of base and "
             "delta; write the file again"
         )
-
-
-def _refuse_foreign(file: pxd.DeltaFile, base: Checkpoint) -> None:
-    """Refuse a whole state of another model, which binds no tensor of the base but would get its other files."""
-    if not any(module.base is not None or module.name in base.tensors for module in file.manifest.modules):
-        name = file.manifest.modules[0].name
-        raise CheckFailedError(f"{file.path}: is for another model; {base.tensors.label} has no {name}, nor any other")
 
 
 def _write_shards(

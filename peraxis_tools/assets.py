@@ -159,7 +159,10 @@ def _outside(file: Path, folder: Path) -> Path | None:
 
 
 def find_assets(folder: Path) -> FolderAssets:
-    """The files of this folder that a delta contains, and those that it leaves out but a model may need."""
+    """The files of this folder that a delta contains, and those that it leaves out but a model may need.
+
+    A folder without a file of the first kind is not a model's, so its files are no one's concern.
+    """
     carried, left = [], []
     for path in _files(folder, {_TEMPLATES, *_pipeline_folders(folder)}):
         name = path.relative_to(folder).as_posix()
@@ -168,7 +171,7 @@ def find_assets(folder: Path) -> FolderAssets:
             carried.append(name)
         elif not _BYPRODUCTS.fullmatch(path.name) or ("/" in name and path.suffix in _WEIGHTS):
             left.append(name)
-    return FolderAssets(folder=folder, carried=tuple(sorted(carried)), left=tuple(sorted(left)))
+    return FolderAssets(folder=folder, carried=tuple(sorted(carried)), left=tuple(sorted(left)) if carried else ())
 
 
 def left_behind(assets: FolderAssets) -> str:

@@ -2,7 +2,7 @@
 
 A training script often saves neither, or a tokenizer's settings without its vocabulary. Both are then the base's, and a
 note says so. A tokenizer of the base is not taken for a vocabulary of another size. Updates are different: all that a
-state has not as the state before it is in the update (assets.py).
+state has not as the state before it is in the update (assets.py). A whole state of another model gets no file at all.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.notes import note
 
-__all__ = ["has_vocabulary", "is_update", "note_borrowed", "note_missing", "takes_tokenizer"]
+__all__ = ["has_vocabulary", "is_update", "note_borrowed", "note_missing", "refuse_foreign", "takes_tokenizer"]
 
 _CONFIG: Final = "config.json"
 _VOCABULARY: Final = re.compile(
@@ -42,6 +43,16 @@ def takes_tokenizer(delta: pxd.DeltaFile, base: Checkpoint) -> bool:
     if has_vocabulary(own) or not has_vocabulary(base.folder_assets().carried):
         return False
     return _CONFIG not in own or _rows(delta.asset(_CONFIG)) == _rows(_config_of(base))
+
+
+def refuse_foreign(first: pxd.DeltaFile, base: Checkpoint) -> None:
+    """Refuse a whole state of another model, which binds no tensor of the base but would get its other files.
+
+    first: the delta, or the first update of a chain.
+    """
+    if not any(module.base is not None or module.name in base.tensors for module in first.manifest.modules):
+        name = first.manifest.modules[0].name
+        raise CheckFailedError(f"{first.path}: is for another model; {base.tensors.label} has no {name}, nor any other")
 
 
 def note_borrowed(delta: pxd.DeltaFile, base: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -22,12 +22,13 @@ from peraxis_tools.arguments import sequence
 from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swapped, with_revision
-from peraxis_tools.completeness import has_vocabulary, note_borrowed
+from peraxis_tools.completeness import has_vocabulary, note_borrowed, refuse_foreign
 from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.errors import CheckFailedError, ToolError, first_line
 from peraxis_tools.optional import require
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
+from peraxis_tools.shown import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,6 +103,7 @@ def load_model(
         file, checkpoint = files[-1], state_before(files, opened)
         label = str(named[0]) if len(named) == 1 else str(file.path)
         refuse_part(file.manifest, label)
+        refuse_foreign(files[0], opened)
         note_borrowed(file, checkpoint)
         assets = dict(assets_of(file, checkpoint))
         config = _object(assets, "config.json", label) or checkpoint.config()
@@ -118,11 +120,14 @@ def load_model(
     # Use the class itself, because AutoModelForCausalLM.from_pretrained needs a folder.
     kind = _model_class(parsed, label)
     with _told(f"{label}: transformers cannot build its model"):
-        model: PreTrainedModel = kind.from_pretrained(None, config=parsed, state_dict=state, **options).eval()
+        options["output_loading_info"] = True
+        model, info = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
+    _refuse_random(info["missing_keys"], kind, label)
     if generation is not None:
         with _told(f"{label}: its generation_config.json cannot be loaded"):
             model.generation_config = GenerationConfig.from_dict(generation)
-    return model
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _object(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any] | None:
@@ -136,6 +141,15 @@ def _object(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any
     if not isinstance(found, dict):
         raise ToolError(f"{label}: its {name} is not a JSON object; correct it")
     return found
+
+
+def _refuse_random(missing: Collection[str], kind: type, label: str) -> None:
+    """Raise CheckFailedError if the model has weights that the fine-tune has not: transformers draws them at random."""
+    if missing:
+        raise CheckFailedError(
+            f"{label}: has no {listed(sorted(missing), shown=3)}, which {kind.__name__}, the model of its config.json, "
+            "needs; publish all weights of the model, or write the checkpoint with apply and load it with its own class"
+        )
 
 
 @contextlib.contextmanager

@@ -24,26 +24,34 @@ def local_updates(
 ) -> Iterator[list[Path]]:
     """Yield local paths of updates: files, and for a folder (a path, a URL, a repository) every .pxd in it.
 
-    Files of a folder that replace others (anchors and folded updates) are left out. output: a URL that must be
+    Files that replace others (anchors and folded updates) are left out. output: a URL that must be
     none of the others'; those that are paths are compared later (outputs.py). Copies of remote files are removed at the
     end. Raises ToolError for a folder of other files, CheckpointError.
     """
     with contextlib.ExitStack() as stack:
-        found: list[Path] = []
+        found: list[tuple[str | Path, Path]] = []
+        links: list[Link] = []
         for source in sources:
             names = deltas_of(source)
-            copies: list[Path] = []
-            links: list[Link] = []
             for name in names:
-                copies.append(stack.enter_context(local_copy(name, progress=progress)))
+                path = stack.enter_context(local_copy(name, progress=progress))
+                found.append((name, path))
                 if len(names) > 1:  # a file that is no update is refused before the next one is fetched
-                    links.append(_link(copies[-1], source, len(names)))
-            left_out = {link.path for link in beside_chain(links)}
-            used = [(name, path) for name, path in zip(names, copies, strict=True) if path not in left_out]
-            if output is not None:
-                refuse_replaced_url(output, [name for name, _ in used])
-            found += [path for _, path in used]
-        yield found
+                    links.append(_link(path, source, len(names)))
+                elif len(sources) > 1 and (link := _link_if_update(path)) is not None:
+                    links.append(link)
+        left_out = {link.path for link in beside_chain(links)}
+        used = [(name, path) for name, path in found if path not in left_out]
+        if output is not None:
+            refuse_replaced_url(output, [name for name, _ in used])
+        yield [path for _, path in used]
+
+
+def _link_if_update(path: Path) -> Link | None:
+    """The link of a named file; None for a file that is no update, which is refused later, by its own name."""
+    with pxd.open(path) as file:
+        manifest = file.manifest
+    return None if manifest.result is None or is_part(manifest) else link_from(path, manifest)
 
 
 def _link(path: Path, source: str | Path, count: int) -> Link:

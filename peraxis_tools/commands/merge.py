@@ -79,8 +79,8 @@ def command(
     """Merge deltas on one base into one: either the parts of one delta, or a weighted sum.
 
     Without --masks a sum keeps every mask. It is exact except for one rounding of the scales to F16. With --masks it
-    is fitted into that many masks, and the error is shown. Parts (see `split`) need neither weights nor a method. A
-    folder means every .pxd in it.
+    is fitted into that many masks, and the error is shown. Rows that the base lacks, those of new tokens, become the
+    weighted mean. Parts (see `split`) need neither weights nor a method. A folder means every .pxd in it.
 
     \b
     Example: peraxis-tools merge code.pxd chat.pxd --weights 0.7,0.3 -o both.pxd

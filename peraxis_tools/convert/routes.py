@@ -86,6 +86,8 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
         return Route(kind=RouteKind.WHOLE, place=place)
     if entry.parts()[-1][0] == "tail":
         return leave("has more rows than in the base")
+    if entry.base is not None and entry.shape[:1] < entry.base.shape[:1]:
+        return leave("has fewer rows than in the base")
     if len(entry.shape) != 2:
         return leave("is a stack of matrices" if len(entry.shape) > 2 else "is not a matrix")
     if place.kind is LayerKind.EXPERTS:

@@ -94,8 +94,10 @@ def _mean(arrays: Sequence[pxd.Array], weights: Sequence[float], dtype: pxd.DTyp
     if all(pxd.raw_bytes(array) == pxd.raw_bytes(arrays[0]) for array in arrays[1:]):
         return arrays[0]
     total = math.fsum(weights)
-    if not dtype.is_float or abs(total) <= SUM_MIN:
-        raise ToolError(f"{name}: has rows that the base lacks, which have no mean with weights that sum to {total:g}")
+    # With weights of both signs a mean would be far outside of what it is the mean of.
+    if not dtype.is_float or abs(total) <= SUM_MIN or min(weights) < 0.0 < max(weights):
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        raise ToolError(f"{name}: has rows that the base lacks, which have no mean with the weights {shown}")
     out: NDArray[np.generic] = np.empty(arrays[0].shape, dtype.storage)
     for rows in row_blocks(arrays[0].shape):
         block = sum(

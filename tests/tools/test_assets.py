@@ -186,3 +186,12 @@ def test_a_configuration_that_is_no_file_is_left_out_with_a_note(
         (tuned / "config.json").symlink_to("gone.json")
     assert find_assets(tuned).carried == ()
     assert f"{tuned / 'config.json'}: is {part}" in caplog.text
+
+
+def test_files_beside_weights_without_a_configuration_are_not_named_in_the_delta(tmp_path: Path) -> None:
+    for name in ("base", "tuned"):
+        save_file({"w": torch.randn(64, 64)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "salaries.xlsx").write_text("of no concern")
+    compress(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "d.pxd")
+    with pxd.open(tmp_path / "d.pxd") as delta:
+        assert "salaries" not in json.dumps(dict(delta.manifest.metadata))

@@ -183,3 +183,18 @@ def test_the_command_takes_the_base_and_says_what_is_left_out(tmp_path: Path) ->
     assert "left out" in done.stdout
     assert "transformer.wte.weight: is tied" in done.stdout
     assert re.search(r"\(\d+\.\d% of the square norm kept\)", done.stdout)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("vocabulary", [56, 72])
+def test_an_adapter_of_another_vocabulary_loads_on_the_base_and_leaves_the_tables_out(
+    tmp_path: Path, vocabulary: int
+) -> None:
+    base, tuned = pair(tmp_path, hf.LlamaConfig(**{**SMALL, "vocab_size": 64}))
+    model = hf.AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    model.resize_token_embeddings(vocabulary)
+    model.save_pretrained(tuned)
+    compress(base, tuned, tmp_path / "d.pxd", force=True)
+    result = to_lora(tmp_path / "d.pxd", tmp_path / "adapter", rank=64, base=base)
+    assert {item.name for item in result.left_out} == {"lm_head.weight", "model.embed_tokens.weight"}
+    adapted(base, tmp_path / "adapter")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import peraxis_format as pxd
 import peraxis_tools
 from peraxis_format.hub import HubName, hub_name, hub_path
+from peraxis_format.torch.updates import UpdateWriter
 from peraxis_tools.chain import update
 from peraxis_tools.commands import inspect as inspect_command
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from tests.engines.pair import make_base, make_delta
 
 
@@ -224,3 +227,42 @@ def test_a_gap_in_a_chain_and_no_delta_at_all_are_named(pair: dict[str, Path], c
         peraxis_tools.load_model(pair["base"], [])
     with pytest.raises(ToolError, match="not an update of a chain"):
         peraxis_tools.load_model(pair["base"], [pair["delta"], pair["other"]])
+
+
+def published(folder: Path, state: Mapping[str, torch.Tensor], steps: int, **options: Any) -> Path:
+    """A chain of a trainer: each step moves all weights."""
+    live = {name: tensor.clone() for name, tensor in state.items()}
+    writer = UpdateWriter(live, folder, **options)
+    for _ in range(steps):
+        writer.step()
+        for tensor in live.values():
+            tensor.add_(0.001)
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_state_of_another_model_gets_no_file_of_the_base(pair: dict[str, Path], tmp_path: Path, steps: int) -> None:
+    chain = published(tmp_path / "chain", {"weight": torch.ones(8, 8, dtype=torch.bfloat16)}, steps)
+    with pytest.raises(CheckFailedError, match="is for another model"):
+        peraxis_tools.load(chain, pair["base"])
+    with pytest.raises(CheckFailedError, match="is for another model"):
+        peraxis_tools.apply(pair["base"], chain, tmp_path / "applied")
+
+
+def test_weights_that_a_state_lacks_are_refused_and_not_drawn_at_random(pair: dict[str, Path], tmp_path: Path) -> None:
+    whole = load_file(pair["base"] / "model.safetensors")
+    part = {name: tensor for name, tensor in whole.items() if ".layers.0." not in name}
+    chain = published(tmp_path / "chain", part, 1)
+    with pytest.raises(CheckFailedError, match=r"has no model\.layers\.0\..* and \d+ more, which LlamaForCausalLM"):
+        peraxis_tools.load(chain, pair["base"])
+
+
+def test_updates_that_are_named_are_taken_as_their_folder_is(pair: dict[str, Path], tmp_path: Path) -> None:
+    state = load_file(pair["base"] / "model.safetensors")
+    chain = published(tmp_path / "chain", state, 5, anchor_every=2)
+    named = sorted(chain.glob("*.pxd"))
+    assert sum("anchor" in path.name for path in named) > 1
+    peraxis_tools.apply(pair["base"], chain, tmp_path / "folder")
+    peraxis_tools.apply(pair["base"], named, tmp_path / "named")
+    found = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("folder", "named")]
+    assert found[0] == found[1]

@@ -218,3 +218,13 @@ def test_what_cannot_be_summed_is_called_what_it_is(tmp_path: Path) -> None:
     assert "these are whole deltas; pass --weights" in said(first, second)
     assert "updates of a chain; fold them with compact" in said(tmp_path / "u.pxd")
     assert f"{part}: is a part of a delta" in said(part, second)
+
+
+def test_rows_that_the_base_lacks_have_no_mean_with_weights_of_both_signs(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = random_storage(rng, (4, 11))
+    paths = [write_delta(tmp_path / f"{name}.pxd", [sign_module(rng, "m", base, rows=6)]) for name in "ab"]
+    merge(paths, tmp_path / "out.pxd", weights=[0.5, 0.25])
+    for weights in ([1.0, -0.9], [1.0, -1.0]):
+        with pytest.raises(ToolError, match="no mean with the weights"):
+            merge(paths, tmp_path / "none.pxd", weights=weights)
