@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from peraxis_format import DType
 from peraxis_tools.compress.fit.mean import mean_components
-from peraxis_tools.compress.plan.sensitivity import inner_products
+from peraxis_tools.compress.plan.sensitivity import in_pieces, inner_products
 from tests.factories import dense_component
 
 
@@ -42,3 +42,13 @@ def test_products_take_less_memory_than_one_dense_term() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < base.nbytes / 4
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "pieces"), [(16, 256, 3), (4, 512, 8), (4, 2048, 12), (3, 100, 1), (50, 512, 1), (2, 40, 1)]
+)
+def test_few_samples_are_cut_into_many_pieces_of_some_length(samples: int, length: int, pieces: int) -> None:
+    ids = np.arange(samples * length).reshape(samples, length)
+    found = in_pieces(ids)
+    assert found.shape == (samples * pieces, length // pieces)
+    assert np.array_equal(found.reshape(samples, -1), ids[:, : found.size // samples])

@@ -32,11 +32,22 @@ from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.plan.price import PRICED_ROWS
 from peraxis_tools.kinds import group_of, layer_of
 
-__all__ = ["GENERATED_SAMPLES", "SENSITIVITY_SAMPLES", "TABLE_TOKENS", "StageWork", "Text", "fit_operations", "work_of"]
+__all__ = [
+    "GENERATED_SAMPLES",
+    "SENSITIVITY_SAMPLES",
+    "TABLE_TOKENS",
+    "StageWork",
+    "Text",
+    "fit_operations",
+    "sensitivity_pieces",
+    "work_of",
+]
 
 TABLE_TOKENS: Final = 4  # for each input of a table that is tied to the head
 GENERATED_SAMPLES: Final = 16  # at most, where none are asked for and memory allows
 SENSITIVITY_SAMPLES: Final = 16
+_PASSES: Final = 48  # backward passes of a sensitivity: fewer are noise, and the budget follows it
+_LEAST_PIECE: Final = 64  # tokens; the model sees no text before a piece
 _OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h"})
 _KEYS: Final = frozenset({"k_proj", "v_proj"})
 _TRIAL_ROWS: Final = 128
@@ -182,17 +193,23 @@ def _vocabulary(plan: Plan) -> int:
     return max((m.shape[0] for m in plan.modules if m.kind in TABLES), default=0)
 
 
+def sensitivity_pieces(samples: int, length: int) -> int:
+    """The pieces that each sample of `length` tokens is cut into, so that a few samples give enough backward passes."""
+    return max(1, min(-(-_PASSES // samples), length // _LEAST_PIECE))
+
+
 def _sensitivity(plan: Plan, text: Text) -> StageWork:
     samples = min(SENSITIVITY_SAMPLES, text.samples + text.calibrating)
+    pieces = sensitivity_pieces(samples, text.length)
     weights = _weights(plan)
     tokens = samples * text.length
-    kept = _activations(plan, text.length) + max(map(_values, plan.modules))
+    kept = _activations(plan, text.length // pieces) + max(map(_values, plan.modules))
     return StageWork(
         name="sensitivity",
         memory=text.value_bytes * (weights + kept) + _some_logits(plan, text) + weights // 2,
         passes=3.0 * tokens * len(_layers(plan)),
-        # Masks are unpacked for each sample: 3 of them, some 10 operations a weight.
-        products=6.0 * _outside(plan) * tokens + 30.0 * weights * samples,
+        # Masks are unpacked for each piece: 3 of them, some 10 operations a weight.
+        products=6.0 * _outside(plan) * tokens + 30.0 * weights * samples * pieces,
     )
 
 

@@ -6,11 +6,14 @@ fine-tuned model itself, its cost in KL(fine-tuned || compressed), in nats, is
     KL_k = 1/2 E[ <dW, Delta_k>^2 ]      dW = gradient of log p(y | x) of a sample in the weight        (Fisher)
 
 One backward pass for each sample through the fine-tuned model gives this for all modules of any architecture,
-embeddings and lm_head included. The fit itself comes later, so Delta_k = D - f_k (Q_1 + .. + Q_k) with the signs and
-mean magnitudes Q_j of the delta and the f_k of least cost: mean magnitudes alone leave up to five times of what a fit
-leaves where the fine-tune hardly moved. Fits lower the errors further, by similar factors. A few masks are measured,
-and further ones extrapolated (price.py). The text may read nothing of a change, such as that of a few tokens' rows. It
-still costs something: _UNREAD of the least cost that was measured, so that the module gets a mask if there is room.
+embeddings and lm_head included. The mean is over passes, so samples are cut into pieces: as many tokens in three times
+the passes lower the KL of the demo pair at 4 times smaller from 0.0012 to 0.0004.
+
+The fit itself comes later, so Delta_k = D - f_k (Q_1 + .. + Q_k) with the signs and mean magnitudes Q_j of the delta
+and the f_k of least cost: mean magnitudes alone leave up to five times of what a fit leaves where the fine-tune hardly
+moved. Fits lower the errors further, by similar factors. A few masks are measured, and further ones extrapolated
+(price.py). The text may read nothing of a change, such as that of a few tokens' rows. It still costs something: _UNREAD
+of the least cost that was measured, so that the module gets a mask if there is room.
 
 Memory holds the model, one gradient at a time, and the packed masks of all modules, one bit per weight and mask.
 """
@@ -32,13 +35,15 @@ from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.fit.signs import unit
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.model.weights import Weights, kept_rows
+from peraxis_tools.compress.plan.estimate import sensitivity_pieces
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.price import MEASURED_MASKS, extended, shares_left
 from peraxis_tools.compress.plan.unchanged import is_unchanged
 from peraxis_tools.heap import trim_heap
 from peraxis_tools.parameter_names import ParameterSlice
+from peraxis_tools.text import Ids
 
-__all__ = ["fisher_errors", "fitted_errors", "inner_products"]
+__all__ = ["fisher_errors", "fitted_errors", "in_pieces", "inner_products"]
 
 _UNREAD: Final = 1e-3
 _CHUNK: Final = 1 << 20  # weights to unpack at a time
@@ -82,6 +87,13 @@ def fisher_errors(
             shares = shares_left(its.module, weights.base, weights.fine_tuned)
             errors[its.module.name] = [_UNREAD * least * share for share in shares]
     return errors
+
+
+def in_pieces(ids: Ids) -> Ids:
+    """Samples int64 [n, length] as shorter ones, [n * pieces, length // pieces]; the rest of each is left out."""
+    pieces = sensitivity_pieces(*ids.shape)
+    length = ids.shape[1] // pieces
+    return np.ascontiguousarray(ids[:, : pieces * length].reshape(-1, length))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

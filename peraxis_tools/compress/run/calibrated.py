@@ -25,7 +25,7 @@ from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
 from peraxis_tools.compress.plan.estimate import SENSITIVITY_SAMPLES, work_of
 from peraxis_tools.compress.plan.plan import Plan
-from peraxis_tools.compress.plan.sensitivity import fisher_errors
+from peraxis_tools.compress.plan.sensitivity import fisher_errors, in_pieces
 from peraxis_tools.compress.run.continuing import continued
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.inputs import (
@@ -269,7 +269,7 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Staged) -> Map
         weights.fill_whole(teacher, weights.teacher)
         # Every so many: samples stand in the order of their sources.
         chosen = run.parts.fit[:: -(-len(run.parts.fit) // SENSITIVITY_SAMPLES)]
-        samples = torch.from_numpy(np.ascontiguousarray(chosen)).to(run.device)
+        samples = torch.from_numpy(in_pieces(chosen)).to(run.device)
         open_modules = [module for module in run.plan.modules if is_open(module, options)]
         errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
         run.work.save_text("sensitivity", errors)
