@@ -92,7 +92,7 @@ def test_options_of_an_earlier_file_without_a_text_are_read(tmp_path: Path, monk
 
     monkeypatch.setattr(options_file, "is_delta", lambda _: True)
     monkeypatch.setattr(options_file, "open_delta", earlier)
-    options = CompressOptions.from_mapping(options_file.read_options(tmp_path / "earlier.pxd"))
+    options = options_file.options_of(tmp_path / "earlier.pxd", {})
     assert options.resolved_fit == "none"
 
 
