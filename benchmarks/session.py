@@ -37,6 +37,10 @@ and `tuned` is its full fine-tune on Shakespeare. They are not in the repository
 example on that of `make demo`. Long outputs are cut at `...`. Every command has `--help` with an example.
 docs/commands.md describes all commands.
 """
+_RESUMED = """
+A calibrated run that is interrupted keeps its finished blocks in `one.pxd.peraxis-work`, beside the output. The same
+command continues there and gives the same bytes; `--no-resume` begins anew. The folder is removed at the end.
+"""
 _LARGE = """## An 8B model
 
 The files have the shapes of Llama-3.1-8B and random payload (`benchmarks/make_artifact.py`): two deltas of 1.0 GB, a
@@ -106,6 +110,7 @@ def small_pair(session: Session) -> None:
     run, say = session.run, session.say
     say("## Compress, look, verify, apply")
     run("peraxis-tools compress base tuned -o one.pxd --quiet")
+    say(_RESUMED)
     run("peraxis-tools inspect one.pxd --module '*.0.self_attn.*'")
     run("peraxis-tools inspect one.pxd --tree --quiet | grep -A 14 'one.pxd  [0-9]'", lines=15)
     run("peraxis-tools inspect one.pxd --plot one.png --html one.html", lines=2)
@@ -148,7 +153,7 @@ def small_pair(session: Session) -> None:
         "openssl ecparam -name prime256v1 -genkey -noout -out key.pem && "
         "openssl ec -in key.pem -pubout -out key.pub 2> /dev/null"
     )
-    run("peraxis-tools sign one.pxd --key key.pem")
+    run("peraxis-tools sign one.pxd --private-key key.pem")
     run("peraxis-tools verify one.pxd --signature --public-key key.pub")
     run("peraxis-tools verify two.pxd --signature --public-key key.pub")
     run("peraxis-tools publish me/my-delta one.pxd --dry-run repo && head -12 repo/README.md")
@@ -178,7 +183,7 @@ def gigabyte(session: Session) -> None:
     cost("peraxis-tools merge big.pxd near.pxd --method ties --masks 1 -o sum.pxd --overwrite")
     run("rm sum.pxd; openssl ecparam -name prime256v1 -genkey -noout -out key.pem")
     run("openssl ec -in key.pem -pubout -out key.pub 2> /dev/null")
-    cost("peraxis-tools sign big.pxd --key key.pem --overwrite")
+    cost("peraxis-tools sign big.pxd --private-key key.pem --overwrite")
     cost("peraxis-tools verify big.pxd --signature --public-key key.pub")
     cost("peraxis-tools publish me/big big.pxd --dry-run repo --overwrite")
     run("rm -r repo")

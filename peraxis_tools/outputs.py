@@ -120,7 +120,9 @@ def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs, repositor
     folder = _plain(path)
     for source in _existing(inputs):
         if _within(source, folder):
-            raise ToolError(f"{folder}: contains the input {source}; choose another output")
+            same = os.path.realpath(source) == os.path.realpath(folder)
+            what = "is an input of this run" if same else f"contains the input {source}"
+            raise ToolError(f"{folder}: {what}; choose another output")
     refuse_missing(folder.parent)
     refuse_folder(folder, overwrite=overwrite, repository=repository)
     return folder

@@ -23,6 +23,7 @@ from typing import Final, NoReturn, TypeAlias
 import peraxis_format as pxd
 from peraxis_tools.chain.checks import BaseChecks
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.completeness import refuse_foreign
 from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.delta_parts import part_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
@@ -255,6 +256,8 @@ def _base(delta: pxd.DeltaFile, base: str | Path, bases: BaseChecks, progress: P
     found = bases.check(delta, progress)
     followed += [] if found.before is None else [found.before]
     bound = any(module.base is not None for module in delta.manifest.modules)
+    if not bound:
+        refuse_foreign(delta, bases.base)
     text = f"{base} is the one that this delta was made for" if bound else "holds whole tensors and needs no base"
     if found.before is not None:
         text = f"follows {found.before.name}, whose result is the one that it was made for"

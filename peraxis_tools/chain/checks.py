@@ -49,16 +49,22 @@ class BaseChecks:
         self._known = Predecessors(files)
         self._open_base = open_base
         self._workers = workers
-        self._base: Checkpoint | None = None
+        self._opened: Checkpoint | None = None
         self._digests: dict[str, str] = {}
         self._nodes: dict[str, tuple[Link | None, Exception | None]] | None = None
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint. Raises the errors of `open_base`."""
+        self._opened = self._opened or self._open_base()
+        return self._opened
 
     def check(self, delta: pxd.DeltaFile, progress: ProgressOf) -> FoundBase:
         """Check the base of a file, and the results of its exact modules.
 
         Raises BindingError, PxdError for a damaged update before it, and the errors of `open_base`.
         """
-        self._base = base = self._base or self._open_base()
+        base = self.base
         if delta.content_id in self._known.links:
             return self._of_chain(delta, base.tensors, progress)
         before = self._known.of(delta.manifest)
@@ -76,8 +82,8 @@ class BaseChecks:
 
     def close(self) -> None:
         """Close the checkpoint."""
-        if self._base is not None:
-            self._base.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _check_base(self, manifest: pxd.Manifest, base: pxd.Safetensors, progress: ProgressOf) -> None:
         """Check names and digests of the checkpoint, each tensor of which is hashed once for all files."""

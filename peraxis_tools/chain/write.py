@@ -22,6 +22,7 @@ from peraxis_tools.chain.siblings import own_turn, refuse_disorder
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState, state_after
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.completeness import refuse_foreign
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.kinds import execution_key
@@ -138,6 +139,7 @@ def compact(
         open_chain(checkpoint, updates) as (state, links),
     ):
         with pxd.open(links[0].path) as file:
+            refuse_foreign(file, checkpoint)
             bound = {entry.name for entry in file.manifest.modules if entry.base is not None}
         with pxd.open(links[-1].path) as file:
             fine_tuned = file.manifest.fine_tuned

@@ -186,6 +186,8 @@ class CompressOptions:
             self._refuse(_OF_DISTILLATION, "without distill_samples (--distill-samples)")
         if self.resolved_fit != "refined":
             self._refuse(("refine_rounds",), f"with fit {self.resolved_fit}")
+        if self.exact == EVERYTHING:
+            self._refuse(("axis", "masks", "embeddings"), "in a lossless file (--exact)")
 
     def _refuse(self, names: tuple[str, ...], why: str) -> None:
         for name in names:

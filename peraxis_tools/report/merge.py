@@ -32,7 +32,7 @@ def render_merge(result: MergeResult, console: Console) -> None:
         if worst.square_norm:
             share = (worst.square_error / worst.square_norm) ** 0.5
             console.print(f"worst   {text(worst.name)}  {share:.4g}")
-    elif result.kind == "sum":
+    elif result.kind == "sum" and result.masks_max:
         console.print(
             f"masks   up to {result.masks_max} per module, each scale rounded to F16 at most once; fewer with --masks"
         )

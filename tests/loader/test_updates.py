@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 
@@ -217,6 +218,26 @@ def test_a_file_that_another_took_the_place_of_is_looked_at_again(tmp_path: Path
     again.step()
     assert follower.poll().lag == 0
     assert published(live) == published(other)
+
+
+def test_a_tensor_of_the_model_that_the_chain_lacks_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    live = {name: torch.zeros(4, 4, dtype=torch.bfloat16) for name in ("weight", "extra", "other")}
+    writer = UpdateWriter(torch.nn.Linear(4, 4, bias=False), tmp_path)
+    with caplog.at_level(logging.WARNING, "peraxis"):
+        follower = follow(live, tmp_path)
+        for _ in range(2):
+            writer.step()
+            follower.poll()
+    assert caplog.text.count("has no extra and 1 more, so the model keeps its own") == 1
+
+
+def test_a_chain_of_every_parameter_warns_of_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    UpdateWriter(trainer(), tmp_path).step()
+    with caplog.at_level(logging.WARNING, "peraxis"):
+        follow(server(), tmp_path).poll()
+    assert "has no" not in caplog.text
 
 
 def test_a_poll_that_fails_on_the_thread_is_logged_and_not_the_last_one(

@@ -208,6 +208,13 @@ def test_a_folder_that_is_no_earlier_output_is_kept_whatever_is_asked(pair: tupl
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
+def test_an_output_that_is_an_input_is_called_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = pair
+    for target in (base, delta):
+        with pytest.raises(ToolError, match=rf"{target.name}: is an input of this run"):
+            apply(base, delta, target, overwrite=True)
+
+
 def test_a_write_that_fails_leaves_no_thread_however_long_its_error_lives(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

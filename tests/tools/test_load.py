@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
+import peraxis
 import peraxis_format as pxd
 import peraxis_tools
 from peraxis_format.hub import HubName, hub_name, hub_path
@@ -247,6 +248,10 @@ def test_a_state_of_another_model_gets_no_file_of_the_base(pair: dict[str, Path]
         peraxis_tools.load(chain, pair["base"])
     with pytest.raises(CheckFailedError, match="is for another model"):
         peraxis_tools.apply(pair["base"], chain, tmp_path / "applied")
+    with pytest.raises(CheckFailedError, match="is for another model"):
+        peraxis_tools.verify(chain, base=pair["base"])
+    with pytest.raises(CheckFailedError, match="is for another model"):
+        peraxis.compact(pair["base"], chain, tmp_path / "compacted.pxd")
 
 
 def test_weights_that_a_state_lacks_are_refused_and_not_drawn_at_random(pair: dict[str, Path], tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def test_auto_takes_exact_where_it_is_smaller_than_signs(tmp_path: Path) -> None
         ({"exact": "("}, "not a regular expression"),
         ({"exact": "norm", "target_ratio": 12.0}, "exclude each other"),
         ({"exact": EVERYTHING, "calibration": "c4"}, "needs no text"),
+        ({"exact": EVERYTHING, "masks": 2}, "masks does nothing in a lossless file"),
+        ({"exact": EVERYTHING, "axis": "row"}, "axis does nothing in a lossless file"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(choices: dict[str, object], message: str) -> None:

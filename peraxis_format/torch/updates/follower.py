@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from torch import nn
+
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
 from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError, TornError, first_line
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import check_target
-from peraxis_format.torch.place.pieces import in_pieces, sharded_digest
+from peraxis_format.torch.place.pieces import in_pieces, is_dtensor, sharded_digest
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, together
-from peraxis_format.torch.place.shards import Shard, Target
+from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.mirror import Mirror, is_url
@@ -69,6 +71,7 @@ def follow(
     newest anchor. lock: held while weights are written, so that no forward pass sees half an update. on_update: called
     after each poll that applied an update. shards: as in apply_. group: that of a sharded model, whose ranks see
     one folder, or follow one URL, and poll together, equally often; with `start`, a group that no other code uses.
+    Tensors of the target that the chain lacks are named by a warning of the logger `peraxis`, and stay as they are.
     Raises LiveModelError for a target that is no model, and for a URL whose package is not installed.
     """
     return Follower(target, source, lock=lock, on_update=on_update, shards=shards, group=group)
@@ -101,6 +104,7 @@ class Follower:
         self._state: str | None = None
         self._writes = False  # whether an update has begun and not ended, so that the state is not known
         self._noticed: str | None = None  # the reported other chain
+        self._compared = False  # whether the model's tensors were compared with those of the chain
         self._files: dict[Path, UpdateFile] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -245,6 +249,7 @@ class Follower:
                     if delta.content_id != update.content_id:
                         raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
                 apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+                self._warn_left_out(delta)
         except TornError:
             raise
         except (PxdError, LiveModelError, OSError):
@@ -252,6 +257,16 @@ class Follower:
             raise
         self._state, self.step = update.result, update.step
         self._writes = False
+
+    def _warn_left_out(self, delta: DeltaFile) -> None:
+        """Warn once of tensors of the model that the chain lacks: they stay as they are, whatever the trainer does."""
+        if self._compared:
+            return
+        self._compared = True
+        names = _left_out(self._target, place(self._target, delta.manifest, shards=self._shards))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            _LOGGER.warning("%s: has no %s%s, so the model keeps its own", delta.path, names[0], more)
 
     def _here(self, file: UpdateFile) -> Path:
         """The file on this rank: the files are listed by the first rank, whose folder may have another path."""
@@ -305,3 +320,15 @@ class Follower:
             if digests[entry.name] != wanted:
                 return False
         return True
+
+
+def _left_out(target: Target, placement: Placement) -> list[str]:
+    """The parameters of a model, or the tensors of a mapping, that no module is placed in, by name."""
+    live = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
+    held = {_storage(part.live) for parts in placement.values() for part in parts}
+    return [name for name, tensor in live.items() if tensor.numel() and _storage(tensor) not in held]
+
+
+def _storage(tensor: Any) -> tuple[object, int]:
+    local = tensor.to_local() if is_dtensor(tensor) else tensor
+    return local.device, local.untyped_storage().data_ptr()
