@@ -163,7 +163,11 @@ class DeltaWriter:
         manifest = self._manifest()
         text = manifest.to_bytes()
         # SPEC 11.2: checked as a reader would, because a caller's metadata can contain anything.
-        check_manifest(parse_manifest(text))
+        try:
+            check_manifest(parse_manifest(text))
+        except PxdError as error:
+            error.advice = "correct what the writer was given"  # no file exists that could be fetched again
+            raise
         header = header_bytes(text, layout(manifest.modules, [size for _, size in self._assets]))
         self.content_id = manifest.content_id
         with atomic_file(self.path, overwrite=self._overwrite) as file:

@@ -82,6 +82,13 @@ def test_a_scale_that_readers_refuse_is_refused_before_it_is_written(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_content_that_breaks_the_specification_is_the_callers_to_correct(tmp_path: Path) -> None:
+    module = sign_module(np.random.default_rng(0), "a b", random_storage(np.random.default_rng(0), (8, 20)))
+    with pytest.raises(pxd.ProfileError, match=r"E206.*correct what the writer was given"):
+        write_delta(tmp_path / "a.pxd", [module])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_finish_nothing_appears(tmp_path: Path) -> None:
     with pxd.DeltaWriter(tmp_path / "a.pxd", base=pxd.Identity(id="b"), fine_tuned=pxd.Identity(id="f")) as writer:
         writer.add(modules()[0])
