@@ -63,7 +63,7 @@ def test_every_tensor_is_covered_and_the_applied_folder_is_what_the_file_says(
 def test_the_same_inputs_give_the_same_bytes(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, tuned, text = pair
     calibrated = {"calibration": str(text), **FEW}
-    for options in ({"force": True}, calibrated, {"distill_samples": 6, **calibrated}):
+    for options in ({"force": True}, calibrated, {"distill_samples": 2, "distill_epochs": 2, **calibrated}):
         files = [tmp_path / f"{i}.pxd" for i in range(2)]
         for file in files:
             compress(base, tuned, file, overwrite=True, **options)
@@ -192,7 +192,7 @@ def test_distillation_is_never_worse_on_held_out_text(pair: tuple[Path, Path, Pa
     base, tuned, text = pair
     for lr, better in ((1e-2, True), (30.0, False)):
         path = tmp_path / f"{lr}.pxd"
-        compress(base, tuned, path, calibration=str(text), distill_samples=12, distill_lr=lr, **FEW)
+        compress(base, tuned, path, calibration=str(text), distill_samples=6, distill_epochs=3, distill_lr=lr, **FEW)
         with pxd.open(path) as delta:
             before, after = map(float, delta.manifest.metadata["peraxis.distillation"].split(": ")[1].split(" -> "))
         assert after < before if better else after == before
@@ -203,8 +203,8 @@ def test_full_tensors_move_only_where_distillation_may_move_them(pair: tuple[Pat
     losses = []
     for lr in (0.0, 3e-3):
         path = tmp_path / f"{lr}.pxd"
-        options = {"calibration": str(text), "distill_samples": 12, "embeddings": "full", "distill_full_lr": lr, **FEW}
-        compress(base, tuned, path, **options)
+        options = {"distill_samples": 6, "distill_epochs": 3, "embeddings": "full", "distill_full_lr": lr, **FEW}
+        compress(base, tuned, path, calibration=str(text), **options)
         apply(base, path, tmp_path / f"{lr}")
         with pxd.open(path) as delta:
             losses.append(float(delta.manifest.metadata["peraxis.distillation"].split(" -> ")[1]))
