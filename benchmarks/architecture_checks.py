@@ -18,7 +18,7 @@ import peraxis
 import peraxis_format as pxd
 from peraxis_format.errors import LiveModelError
 from peraxis_format.ops.tensors import as_bytes
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.convert import to_lora
 from peraxis_tools.errors import ToolError, error_line
 

@@ -166,7 +166,7 @@ def block(options: argparse.Namespace) -> int:
     import torch
     from compress_block import SHAPES, one_block
 
-    from peraxis_tools.environment import resolve_device
+    from peraxis_tools.checkpoints.environment import resolve_device
 
     device = resolve_device(options.device)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.shards import TensorSpec, plan_shards, shard_header, write_index
+from peraxis_tools.checkpoints.shards import TensorSpec, plan_shards, shard_header, write_index
 
 __all__ = ["LLAMA_8B", "Shapes", "write_artifact", "write_bitdelta", "write_checkpoints", "write_variation"]
 

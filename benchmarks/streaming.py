@@ -21,7 +21,7 @@ import numpy as np
 from harness import Benchmark, Timing, arguments, timed
 
 import peraxis_format as pxd
-from peraxis_tools.shards import TensorSpec, plan_shards, shard_header, write_index
+from peraxis_tools.checkpoints.shards import TensorSpec, plan_shards, shard_header, write_index
 
 WIDTH, MLP, VOCABULARY = 2048, 8192, 32_000
 CHUNK = 1 << 22

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from peraxis_tools.chain import ChainLog, UpdateResult, compact, log, update
     from peraxis_tools.compress import CompressOptions, CompressResult, compress
     from peraxis_tools.convert import convert
+    from peraxis_tools.deltas.signatures import SignResult, sign
     from peraxis_tools.diff import DiffResult, diff
     from peraxis_tools.errors import CheckFailedError, ToolError
     from peraxis_tools.evaluate import EvaluateResult, evaluate
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from peraxis_tools.merge import MergeResult, Mixture, merge, merge_parts
     from peraxis_tools.publish import PublishResult, publish
     from peraxis_tools.pull import PullResult, pull
-    from peraxis_tools.signatures import SignResult, sign
     from peraxis_tools.split import SplitResult, split
     from peraxis_tools.verify import VerifyResult, verify
 
@@ -171,7 +171,7 @@ _MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "peraxis_tools.merge": ("merge", "merge_parts", "MergeResult", "Mixture"),
     "peraxis_tools.publish": ("publish", "PublishResult"),
     "peraxis_tools.pull": ("pull", "PullResult"),
-    "peraxis_tools.signatures": ("sign", "SignResult"),
+    "peraxis_tools.deltas.signatures": ("sign", "SignResult"),
     "peraxis_tools.split": ("split", "SplitResult"),
     "peraxis_tools.verify": ("verify", "VerifyResult"),
 }

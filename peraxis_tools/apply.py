@@ -10,19 +10,19 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_least, check_workers, sequence
-from peraxis_tools.assets import LEFT_BEHIND
 from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
-from peraxis_tools.checkpoint import open_checkpoint, refuse_swapped
-from peraxis_tools.completeness import note_borrowed, refuse_foreign
-from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.checkpoints.assets import LEFT_BEHIND
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint, refuse_swapped
+from peraxis_tools.checkpoints.completeness import note_borrowed, refuse_foreign
+from peraxis_tools.checkpoints.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
+from peraxis_tools.deltas.parts import refuse_part
+from peraxis_tools.deltas.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all, tensor_specs
+from peraxis_tools.display.progress import Progress, watched
+from peraxis_tools.display.sizes import parse_size
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import MARKER, atomic_folder
-from peraxis_tools.outputs import claim_folder
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all, tensor_specs
-from peraxis_tools.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
-from peraxis_tools.sizes import parse_size
+from peraxis_tools.outputs.folders import MARKER, atomic_folder
+from peraxis_tools.outputs.rules import claim_folder
 
 __all__ = ["ApplyResult", "apply"]
 

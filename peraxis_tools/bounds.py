@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peraxis_tools.diff import diff_checkpoint
+from peraxis_tools.display.progress import ProgressOf, StageOpener
 from peraxis_tools.errors import CheckFailedError
-from peraxis_tools.progress import ProgressOf, StageOpener
 
 __all__ = ["error_within", "kl_within"]
 

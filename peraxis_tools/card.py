@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
-from peraxis_tools.calibration_text import calibration_text
+from peraxis_tools.deltas.calibration_text import calibration_text
+from peraxis_tools.deltas.inspection import InspectResult
+from peraxis_tools.display.shown import counted, times_smaller
 from peraxis_tools.errors import ToolError
-from peraxis_tools.inspection import InspectResult
-from peraxis_tools.names import HUB_ID
-from peraxis_tools.shown import counted, times_smaller
+from peraxis_tools.remote.names import HUB_ID
 from peraxis_tools.yaml_file import check_yaml, what_is_wrong
 
 if TYPE_CHECKING:

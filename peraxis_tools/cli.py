@@ -6,7 +6,7 @@ exit code of their class.
 
 from __future__ import annotations
 
-from peraxis_tools.interrupts import INTERRUPTED, interrupts_end
+from peraxis_tools.process.interrupts import INTERRUPTED, interrupts_end
 
 with interrupts_end():
     import gc
@@ -29,13 +29,19 @@ with interrupts_end():
     from peraxis_format.arguments import did_you_mean
     from peraxis_format.ops.compiling import PROGRESS
     from peraxis_tools.completing import completing_files
+    from peraxis_tools.display.notes import LOGGER
+    from peraxis_tools.display.option_names import on_the_command_line
     from peraxis_tools.errors import OptionError, ToolError, error_line
-    from peraxis_tools.memory_errors import out_of_memory
-    from peraxis_tools.notes import LOGGER
-    from peraxis_tools.option_names import on_the_command_line
-    from peraxis_tools.optional import MissingPackageError, missing
-    from peraxis_tools.process import Terminated, drop_output, drop_signals, interrupt_behind, prepared_process
-    from peraxis_tools.quiet import hush_hub
+    from peraxis_tools.process.command_line import (
+        Terminated,
+        drop_output,
+        drop_signals,
+        interrupt_behind,
+        prepared_process,
+    )
+    from peraxis_tools.process.memory_errors import out_of_memory
+    from peraxis_tools.process.optional import MissingPackageError, missing
+    from peraxis_tools.process.quiet import hush_hub
     from peraxis_tools.report.console import print_error, print_notes, print_progress
 
 __all__ = ["VERBS", "cli", "main"]

@@ -15,12 +15,12 @@ from typing import Any, Final
 from peraxis_tools.apply import apply
 from peraxis_tools.compress import compress
 from peraxis_tools.evaluate import EvaluateResult, Fidelity, evaluate
-from peraxis_tools.folders import write_marker
 from peraxis_tools.inspect import InspectResult, inspect
-from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_folder
+from peraxis_tools.outputs.folders import write_marker
+from peraxis_tools.outputs.rules import claim_folder
 from peraxis_tools.pair import PairFolders, PairSize, train_pair
-from peraxis_tools.process import told_on_interrupt
+from peraxis_tools.process.command_line import told_on_interrupt
+from peraxis_tools.process.optional import require
 from peraxis_tools.verify import verify
 
 __all__ = ["DemoResult", "DemoRow", "DemoStep", "demo"]

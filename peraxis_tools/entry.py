@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # compiled into Python; the rest of `signal` needs many modules
 
-from peraxis_tools.interrupts import end_at_once, finished, interrupts_end
+from peraxis_tools.process.interrupts import end_at_once, finished, interrupts_end
 
 __all__ = ["main"]
 

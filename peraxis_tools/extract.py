@@ -10,9 +10,9 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.folders import atomic_folder
-from peraxis_tools.outputs import claim_folder
-from peraxis_tools.remote import RemoteFile, is_remote
+from peraxis_tools.outputs.folders import atomic_folder
+from peraxis_tools.outputs.rules import claim_folder
+from peraxis_tools.remote.files import RemoteFile, is_remote
 
 __all__ = ["ExtractResult", "extract"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 
-from peraxis_tools.inspection import InspectResult, inspect, summarise
+from peraxis_tools.deltas.inspection import InspectResult, inspect, summarise
 
 __all__ = ["InspectResult", "inspect", "inspect_remote"]
 
 
 def inspect_remote(url: str) -> InspectResult:
     """`inspect` of a URL: only the header is read, by range requests. Raises ToolError, PxdError."""
-    from peraxis_tools.remote import RemoteFile
+    from peraxis_tools.remote.files import RemoteFile
 
     remote = RemoteFile(url)
     header, manifest = remote.header()

@@ -13,9 +13,9 @@ from typing import Any, Final
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.kinds import group_of, layer_of
-from peraxis_tools.metadata_keys import REPORT_KEY
-from peraxis_tools.progress import ProgressOf, silent
+from peraxis_tools.checkpoints.kinds import group_of, layer_of
+from peraxis_tools.deltas.metadata_keys import REPORT_KEY
+from peraxis_tools.display.progress import ProgressOf, silent
 
 __all__ = ["Details", "ScaleLine", "details"]
 

@@ -21,14 +21,14 @@ import peraxis_format as pxd
 from peraxis_tools.arguments import sequence
 from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
-from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swapped, with_revision
-from peraxis_tools.completeness import has_vocabulary, note_borrowed, refuse_foreign
-from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint, parse_identity, refuse_swapped, with_revision
+from peraxis_tools.checkpoints.completeness import has_vocabulary, note_borrowed, refuse_foreign
+from peraxis_tools.deltas.parts import refuse_part
+from peraxis_tools.deltas.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
+from peraxis_tools.display.progress import Progress, watched
+from peraxis_tools.display.shown import listed
 from peraxis_tools.errors import CheckFailedError, ToolError, first_line
-from peraxis_tools.optional import require
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
-from peraxis_tools.shown import listed
+from peraxis_tools.process.optional import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +86,7 @@ def load_model(
     from transformers import GenerationConfig
 
     from peraxis_format.ops.tensors import from_storage
-    from peraxis_tools.environment import parse_config
+    from peraxis_tools.checkpoints.environment import parse_config
 
     named = _named(base) if delta is None else _named(delta, base)
     if "torch_dtype" in options:  # transformers' former name of dtype
@@ -167,7 +167,7 @@ def _model_class(config: Any, label: str) -> Any:
     """The class of transformers for a configuration. Raises ToolError if there is none."""
     import transformers
 
-    from peraxis_tools.environment import check_causal
+    from peraxis_tools.checkpoints.environment import check_causal
 
     for name in config.architectures or ():
         kind = getattr(transformers, str(name), None)
@@ -200,7 +200,7 @@ def load(
 
 def _load_tokenizer_of(deltas: Sequence[Path], base: str | Path) -> Any:
     """The tokenizer that `apply` would write, with its chat template; None if there is none."""
-    from peraxis_tools.environment import load_tokenizer
+    from peraxis_tools.checkpoints.environment import load_tokenizer
 
     with (
         opened_deltas(deltas) as files,

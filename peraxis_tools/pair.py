@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from peraxis_tools.quiet import quiet_transformers
+from peraxis_tools.process.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

@@ -18,16 +18,16 @@ import peraxis_format as pxd
 from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.arguments import check_choice, refuse_idle, sequence
 from peraxis_tools.card import CardDelta, card_text, missing_fields
-from peraxis_tools.checkpoint import is_delta, parse_identity
-from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.checkpoints.checkpoint import is_delta, parse_identity
+from peraxis_tools.deltas.inspection import inspect
+from peraxis_tools.deltas.parts import refuse_part
+from peraxis_tools.deltas.signatures import signature_path
+from peraxis_tools.display.progress import Progress, ProgressOf, stages_of
 from peraxis_tools.errors import OptionError, ToolError
-from peraxis_tools.folders import atomic_folder
-from peraxis_tools.inspection import inspect
-from peraxis_tools.names import HUB_ID, names_a_file
-from peraxis_tools.optional import require
-from peraxis_tools.outputs import check_folder, claim_folder
-from peraxis_tools.progress import Progress, ProgressOf, stages_of
-from peraxis_tools.signatures import signature_path
+from peraxis_tools.outputs.folders import atomic_folder
+from peraxis_tools.outputs.rules import check_folder, claim_folder
+from peraxis_tools.process.optional import require
+from peraxis_tools.remote.names import HUB_ID, names_a_file
 
 __all__ = ["PublishResult", "PublishedDelta", "Relation", "publish"]
 

@@ -12,14 +12,14 @@ import peraxis_format as pxd
 from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.arguments import sequence
-from peraxis_tools.content_ids import parse_content_ids
+from peraxis_tools.deltas.content_ids import parse_content_ids
+from peraxis_tools.display.progress import Progress, ProgressOf, stages_of
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.names import HUB_NAME, names_a_file
-from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_files, made_folder, refuse_missing
-from peraxis_tools.progress import Progress, ProgressOf, stages_of
-from peraxis_tools.remote import is_remote, local_copy
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.outputs.rules import claim_files, made_folder, refuse_missing
+from peraxis_tools.process.optional import require
+from peraxis_tools.remote.files import is_remote, local_copy
+from peraxis_tools.remote.names import HUB_NAME, names_a_file
+from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["PullResult", "Pulled", "pull"]
 

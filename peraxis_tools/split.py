@@ -7,13 +7,13 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_least
-from peraxis_tools.delta_parts import refuse_part
-from peraxis_tools.delta_parts import split as write_parts
+from peraxis_tools.deltas.parts import refuse_part
+from peraxis_tools.deltas.parts import split as write_parts
+from peraxis_tools.display.progress import Progress, watched
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import atomic_folder
-from peraxis_tools.outputs import claim_folder
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.shown import counted
+from peraxis_tools.outputs.folders import atomic_folder
+from peraxis_tools.outputs.rules import claim_folder
 
 __all__ = ["Part", "SplitResult", "split"]
 

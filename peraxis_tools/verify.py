@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peraxis_tools.arguments import check_least, check_mapping, check_workers, refuse_idle, sequence
-from peraxis_tools.checkpoint import with_revision
+from peraxis_tools.checkpoints.checkpoint import with_revision
+from peraxis_tools.display.progress import Progress, stages_of
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import Progress, stages_of
-from peraxis_tools.remote import is_remote, local_copy, refuse_closed
+from peraxis_tools.remote.files import is_remote, local_copy, refuse_closed
 from peraxis_tools.verify_files import Signature, VerifyResult, Wanted, verify_files
 
 __all__ = ["VerifyResult", "delta_files", "verify"]

@@ -22,15 +22,15 @@ from typing import Final, NoReturn, TypeAlias
 
 import peraxis_format as pxd
 from peraxis_tools.chain.checks import BaseChecks
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.completeness import refuse_foreign
-from peraxis_tools.content_ids import parse_content_ids
-from peraxis_tools.delta_parts import part_of
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.completeness import refuse_foreign
+from peraxis_tools.deltas.content_ids import parse_content_ids
+from peraxis_tools.deltas.parts import part_of
+from peraxis_tools.display.progress import ProgressOf
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, error_line
-from peraxis_tools.progress import ProgressOf
-from peraxis_tools.shown import counted
-from peraxis_tools.text import check_texts
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.remote.urls import without_secrets
+from peraxis_tools.texts.samples import check_texts
 
 __all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyResult", "Wanted", "verify_files"]
 
@@ -278,7 +278,7 @@ def _open_base(source: str | Path | None) -> Checkpoint:
 
 
 def _signature(path: Path, wanted: Signature, progress: ProgressOf) -> str:
-    from peraxis_tools.signatures import check_signature
+    from peraxis_tools.deltas.signatures import check_signature
 
     with progress("signature", None):
         check_signature(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from peraxis_tools.errors import OptionError, first_line
-from peraxis_tools.optional import require
+from peraxis_tools.process.optional import require
 
 __all__ = ["check_yaml", "read_mapping", "what_is_wrong"]
 

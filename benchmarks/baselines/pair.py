@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.kinds import execution_key, layer_of
 from peraxis_tools.compress.plan.pairing import tied_pairs
 from peraxis_tools.evaluate.models import load_checkpoint_model, load_tokenizer
-from peraxis_tools.kinds import execution_key, layer_of
-from peraxis_tools.quiet import quiet_transformers
-from peraxis_tools.text import Samples, load_samples
+from peraxis_tools.process.quiet import quiet_transformers
+from peraxis_tools.texts.samples import Samples, load_samples
 
 __all__ = ["Pair", "SignedLinear", "load_pair", "read_samples", "write_pxd"]
 

@@ -15,11 +15,11 @@ from peraxis_tools.chain.order import Link
 from peraxis_tools.chain.predecessors import Predecessors
 from peraxis_tools.chain.rolling import Node, below, check_states
 from peraxis_tools.chain.state import ChainState, StateNames
-from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.parallel import ordered_map
-from peraxis_tools.predecessor import advise, predecessor_named
-from peraxis_tools.progress import ProgressOf, silent
-from peraxis_tools.unpacked import check_results
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.deltas.predecessor import advise, predecessor_named
+from peraxis_tools.deltas.unpacked import check_results
+from peraxis_tools.display.progress import ProgressOf, silent
+from peraxis_tools.process.parallel import ordered_map
 
 __all__ = ["BaseChecks", "FoundBase"]
 

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 import peraxis_format as pxd
 from peraxis_format.hub import hub_name
 from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from
-from peraxis_tools.remote import RemoteFile, deltas_of, is_remote, local_copy
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.remote.files import RemoteFile, deltas_of, is_remote, local_copy
+from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["ChainLog", "LogEntry", "log"]
 

@@ -11,8 +11,8 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.chain.order import Link, chain_order, link_of
+from peraxis_tools.deltas.predecessor import predecessor_named
 from peraxis_tools.errors import ToolError
-from peraxis_tools.predecessor import predecessor_named
 
 __all__ = ["opened_all", "opened_deltas", "opened_in_order"]
 

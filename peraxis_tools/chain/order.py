@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError
 
 __all__ = ["Link", "beside_chain", "chain_order", "link_from", "link_of", "predecessors"]

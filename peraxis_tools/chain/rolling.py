@@ -16,7 +16,7 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_format.errors import located
 from peraxis_tools.errors import ToolError
-from peraxis_tools.parallel import ordered_map
+from peraxis_tools.process.parallel import ordered_map
 
 __all__ = ["Node", "below", "check_states"]
 

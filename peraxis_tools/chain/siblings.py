@@ -12,11 +12,11 @@ from typing import Final
 import peraxis_format as pxd
 from peraxis_format import is_stream, name_lock
 from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from, link_of, predecessors
+from peraxis_tools.display.notes import note
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.notes import note
-from peraxis_tools.remote import RemoteFile, is_remote
-from peraxis_tools.remote_output import names_beside
-from peraxis_tools.urls import file_of, without_secrets
+from peraxis_tools.outputs.remote_output import names_beside
+from peraxis_tools.remote.files import RemoteFile, is_remote
+from peraxis_tools.remote.urls import file_of, without_secrets
 
 __all__ = ["order_fault", "own_turn", "refuse_disorder"]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.chain.order import Link, beside_chain, link_from
-from peraxis_tools.delta_parts import is_part
+from peraxis_tools.deltas.parts import is_part
+from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import ProgressOf, silent
-from peraxis_tools.remote import deltas_of, local_copy
-from peraxis_tools.remote_output import refuse_replaced_url
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.outputs.remote_output import refuse_replaced_url
+from peraxis_tools.remote.files import deltas_of, local_copy
+from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["local_updates"]
 

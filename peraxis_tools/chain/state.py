@@ -8,10 +8,10 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_format.errors import located
-from peraxis_tools.assets import with_groups
-from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.derived import DerivedCheckpoint
-from peraxis_tools.shown import counted
+from peraxis_tools.checkpoints.assets import with_groups
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.derived import DerivedCheckpoint
+from peraxis_tools.display.shown import counted
 
 __all__ = ["ChainState", "NoState", "StateNames", "state_after", "state_before"]
 

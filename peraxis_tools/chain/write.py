@@ -14,24 +14,24 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, sequence
-from peraxis_tools.assets import changed_groups
-from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_in_order
 from peraxis_tools.chain.order import Link
 from peraxis_tools.chain.siblings import own_turn, refuse_disorder
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState, state_after
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.completeness import refuse_foreign
+from peraxis_tools.checkpoints.assets import changed_groups
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.completeness import refuse_foreign
+from peraxis_tools.checkpoints.kinds import execution_key
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
+from peraxis_tools.deltas.blocks import count_blocks
+from peraxis_tools.deltas.module_counts import count_encodings
+from peraxis_tools.display.progress import Progress, Steps, watched
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.kinds import execution_key
-from peraxis_tools.module_counts import count_encodings
-from peraxis_tools.parallel import ordered_map
-from peraxis_tools.progress import Progress, Steps, watched
-from peraxis_tools.remote import is_remote
-from peraxis_tools.remote_output import output_file
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.outputs.remote_output import output_file
+from peraxis_tools.process.parallel import ordered_map
+from peraxis_tools.remote.files import is_remote
+from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["UpdateJob", "UpdateResult", "compact", "open_chain", "update", "write_update"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from peraxis_tools.apply import apply
-from peraxis_tools.checkpoint import refuse_swapped
+from peraxis_tools.checkpoints.checkpoint import refuse_swapped
 from peraxis_tools.commands.options import (
     SIZE,
     base_revision_option,
@@ -17,8 +17,8 @@ from peraxis_tools.commands.options import (
     workers_option,
 )
 from peraxis_tools.commands.sources import updates_of
+from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import staged
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.console import emit
 

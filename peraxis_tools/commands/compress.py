@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from peraxis_tools.bars import Stages
-from peraxis_tools.checkpoint import is_delta
+from peraxis_tools.checkpoints.checkpoint import is_delta
 from peraxis_tools.commands.options import (
     MASKS,
     SIZE,
@@ -25,11 +24,12 @@ from peraxis_tools.compress import compress
 from peraxis_tools.compress.options import AXES, EMBEDDINGS, EVERYTHING, FITS, PREFER, RECIPES
 from peraxis_tools.compress.options_file import options_of
 from peraxis_tools.compress.run.dry_run import estimate_run
-from peraxis_tools.heap import tune_process
-from peraxis_tools.outputs import check_delta
+from peraxis_tools.display.bars import Stages
+from peraxis_tools.outputs.rules import check_delta
+from peraxis_tools.process.heap import tune_process
 from peraxis_tools.report.compress import plan_lines, render_compress, render_dry_run
 from peraxis_tools.report.console import emit
-from peraxis_tools.text import check_calibration
+from peraxis_tools.texts.samples import check_calibration
 
 __all__ = ["command"]
 

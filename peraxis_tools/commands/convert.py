@@ -32,8 +32,8 @@ from peraxis_tools.convert import (
     recognised,
 )
 from peraxis_tools.convert.torch_files import is_torch_file
+from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import staged
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.convert import render_lora, render_to_pxd, render_to_wire

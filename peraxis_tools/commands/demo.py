@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, quiet_option
 from peraxis_tools.demo import demo
+from peraxis_tools.display.bars import progress
 from peraxis_tools.pair import PairSize
 from peraxis_tools.report.console import emit, show
 from peraxis_tools.report.demo import render_demo, render_step

@@ -10,11 +10,11 @@ import click
 from peraxis_tools.commands.options import json_option, quiet_option, refuse_given, workers_option
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.diff import diff, diff_checkpoint, names_checkpoint
+from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.progress import staged
+from peraxis_tools.remote.urls import without_secrets
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.diff import render_diff
-from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
 

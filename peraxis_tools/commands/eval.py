@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import (
     base_revision_option,
     json_option,
@@ -17,10 +16,11 @@ from peraxis_tools.commands.options import (
     threads_option,
 )
 from peraxis_tools.commands.sources import fetched
+from peraxis_tools.display.bars import progress
 from peraxis_tools.evaluate import CANDIDATES, EvaluationDType, evaluate
+from peraxis_tools.remote.urls import without_secrets
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.evaluate import render_evaluate
-from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
 

@@ -8,15 +8,15 @@ import click
 
 from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_path
-from peraxis_tools.bars import progress
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
+from peraxis_tools.deltas.inspection import InspectResult, select
+from peraxis_tools.display.bars import progress
+from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
-from peraxis_tools.inspection import InspectResult, select
-from peraxis_tools.outputs import claim_files
-from peraxis_tools.progress import staged
-from peraxis_tools.remote import is_remote
+from peraxis_tools.outputs.rules import claim_files
+from peraxis_tools.remote.files import is_remote
 from peraxis_tools.report.console import emit, print_note
 from peraxis_tools.report.inspect import render_inspect
 

@@ -16,14 +16,14 @@ from peraxis_tools.commands.options import (
     refuse_given,
 )
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.delta_parts import is_part
+from peraxis_tools.deltas.parts import is_part
+from peraxis_tools.display.progress import StageOpener, staged
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge import MergeResult, Method, Mixture, merge, merge_parts
-from peraxis_tools.progress import StageOpener, staged
-from peraxis_tools.remote import deltas_of
+from peraxis_tools.remote.files import deltas_of
+from peraxis_tools.remote.urls import without_secrets
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.merge import render_merge
-from peraxis_tools.urls import without_secrets
 
 __all__ = ["command"]
 

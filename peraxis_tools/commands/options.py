@@ -14,10 +14,10 @@ import click
 from click.core import ParameterSource
 
 from peraxis_format.ops.compiling import PROGRESS
+from peraxis_tools.display.notes import LOGGER
+from peraxis_tools.display.sizes import parse_size
 from peraxis_tools.errors import ToolError
-from peraxis_tools.notes import LOGGER
-from peraxis_tools.sizes import parse_size
-from peraxis_tools.threads import THREADS_MAX, use_threads
+from peraxis_tools.process.threads import THREADS_MAX, use_threads
 
 __all__ = [
     "MASKS",

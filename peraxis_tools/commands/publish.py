@@ -9,7 +9,7 @@ import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import refuse_urls
-from peraxis_tools.progress import staged
+from peraxis_tools.display.progress import staged
 from peraxis_tools.publish import Relation, publish
 from peraxis_tools.report.console import emit, hub_progress
 from peraxis_tools.report.publish import render_publish

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
-from peraxis_tools.progress import staged
+from peraxis_tools.display.progress import staged
 from peraxis_tools.pull import pull
-from peraxis_tools.remote import is_remote
+from peraxis_tools.remote.files import is_remote
 from peraxis_tools.report.console import emit, hub_progress
 from peraxis_tools.report.pull import render_pull
 

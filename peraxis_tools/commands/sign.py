@@ -9,10 +9,10 @@ import click
 
 from peraxis_tools.commands.options import RenamedOption, json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import refuse_urls
-from peraxis_tools.progress import staged
+from peraxis_tools.deltas.signatures import sign
+from peraxis_tools.display.progress import staged
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.sign import render_sign
-from peraxis_tools.signatures import sign
 
 __all__ = ["command"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peraxis_tools.chain.sources import local_updates
+from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import staged
-from peraxis_tools.remote import is_remote, local_copy
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.remote.files import is_remote, local_copy
+from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["fetched", "refuse_urls", "updates_of"]
 

@@ -8,7 +8,7 @@ import click
 
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.commands.sources import fetched
-from peraxis_tools.progress import staged
+from peraxis_tools.display.progress import staged
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.merge import render_split
 from peraxis_tools.split import split

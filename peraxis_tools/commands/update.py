@@ -8,7 +8,7 @@ import peraxis_format as pxd
 from peraxis_tools.chain import update
 from peraxis_tools.commands.options import json_option, overwrite_option, prefer_option, quiet_option
 from peraxis_tools.commands.sources import updates_of
-from peraxis_tools.progress import staged
+from peraxis_tools.display.progress import staged
 from peraxis_tools.report.console import emit
 from peraxis_tools.report.update import render_update
 

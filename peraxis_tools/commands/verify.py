@@ -23,14 +23,14 @@ from peraxis_tools.commands.options import (
     texts_by_domain,
     workers_option,
 )
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
-from peraxis_tools.notes import note
-from peraxis_tools.outputs import claim_files
-from peraxis_tools.progress import staged
+from peraxis_tools.outputs.rules import claim_files
+from peraxis_tools.outputs.standard_streams import report_stream
 from peraxis_tools.report.ci import github, junit, sarif
 from peraxis_tools.report.console import json_text, plain_text, show, to_json, write
 from peraxis_tools.report.verify import render_verify
-from peraxis_tools.standard_streams import report_stream
 from peraxis_tools.verify import VerifyResult, delta_files, verify
 
 __all__ = ["command"]

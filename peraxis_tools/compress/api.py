@@ -11,7 +11,7 @@ from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.run.run import CompressResult
 from peraxis_tools.compress.run.run import compress as run
-from peraxis_tools.progress import StagedProgress
+from peraxis_tools.display.progress import StagedProgress
 
 __all__ = ["compress"]
 

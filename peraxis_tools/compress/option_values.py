@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from peraxis_tools.display.sizes import parse_size
 from peraxis_tools.errors import OptionError
-from peraxis_tools.sizes import parse_size
 
 __all__ = ["AUTO", "named", "texts", "typed"]
 

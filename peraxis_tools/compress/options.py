@@ -11,11 +11,11 @@ from typing import Any, Final, Literal
 
 from peraxis_format.arguments import did_you_mean
 from peraxis_tools.arguments import check_choice
+from peraxis_tools.checkpoints.positions import DEFAULT_LENGTH
 from peraxis_tools.compress.option_values import AUTO, named, texts, typed
 from peraxis_tools.compress.recipes import RECIPES
 from peraxis_tools.errors import OptionError
-from peraxis_tools.positions import DEFAULT_LENGTH
-from peraxis_tools.text import without_folders
+from peraxis_tools.texts.samples import without_folders
 from peraxis_tools.yaml_file import read_mapping
 
 __all__ = [

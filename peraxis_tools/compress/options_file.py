@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from peraxis_format import open as open_delta
-from peraxis_tools.checkpoint import is_delta
+from peraxis_tools.checkpoints.checkpoint import is_delta
 from peraxis_tools.compress.options import SAMPLES_MOST, CompressOptions, OptionError, read_yaml
-from peraxis_tools.metadata_keys import CONFIG_KEY
+from peraxis_tools.deltas.metadata_keys import CONFIG_KEY
 
 __all__ = ["options_of"]
 

@@ -13,8 +13,8 @@ from peraxis_tools.convert.layouts import LAYOUTS, Layout
 from peraxis_tools.convert.lora import LeftOut, LoraModule, LoraResult, to_lora
 from peraxis_tools.convert.to_pxd import ToPxdResult, to_pxd
 from peraxis_tools.convert.wires import WIRES, ToWireResult, WireName, from_wire, recognised, to_wire
+from peraxis_tools.display.progress import Progress
 from peraxis_tools.errors import OptionError, ToolError
-from peraxis_tools.progress import Progress
 
 __all__ = [
     "DEFAULT_RANK",

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.convert.torch_files import check_plain, load_plain
+from peraxis_tools.deltas.fold import negate_mask
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.fold import negate_mask
-from peraxis_tools.optional import require
+from peraxis_tools.process.optional import require
 
 if TYPE_CHECKING:
     from torch import Tensor

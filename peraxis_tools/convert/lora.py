@@ -22,22 +22,22 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.tensor_files import save_tensors
 from peraxis_tools.convert.experts import ExpertFactors, fused_factors, wrapper_keys
 from peraxis_tools.convert.lowrank import DenseRows, ExactRows, low_rank, whole_spectrum
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
 from peraxis_tools.convert.targets import LayerKind, Place, targets_of
-from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.deltas.factors import module_sum
+from peraxis_tools.deltas.parts import refuse_part
+from peraxis_tools.deltas.rebuild import rebuild
+from peraxis_tools.deltas.rows import base_rows, delta_rows, row_blocks
+from peraxis_tools.deltas.unpacked import has_exact, unpacked
+from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import ToolError
-from peraxis_tools.factors import module_sum
-from peraxis_tools.folders import atomic_folder
-from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_folder
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rebuild import rebuild
-from peraxis_tools.rows import base_rows, delta_rows, row_blocks
-from peraxis_tools.tensor_files import save_tensors
-from peraxis_tools.unpacked import has_exact, unpacked
+from peraxis_tools.outputs.folders import atomic_folder
+from peraxis_tools.outputs.rules import claim_folder
+from peraxis_tools.process.optional import require
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.rows import BaseRows, delta_rows, row_blocks
+from peraxis_tools.deltas.rows import BaseRows, delta_rows, row_blocks
 
 __all__ = ["DenseRows", "ExactRows", "LowRank", "low_rank", "whole_spectrum"]
 

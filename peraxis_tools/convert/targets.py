@@ -19,15 +19,15 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.kinds import kind_of
-from peraxis_tools.quiet import quiet_transformers
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.kinds import kind_of
+from peraxis_tools.process.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from peraxis_tools.parameter_names import ParameterSlice
+    from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 
 __all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name", "targets_of"]
 
@@ -140,7 +140,7 @@ def targets_by_model(config: Mapping[str, Any], names: Collection[str]) -> Targe
 
     Nor is a model built that has more layers than there are tensors: the configuration is of another model.
     """
-    from peraxis_tools.parameter_names import map_names
+    from peraxis_tools.checkpoints.parameter_names import map_names
 
     model = None if _depth(config) > len(names) else _model(config)
     if model is None:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import Checkpoint, is_delta, open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, is_delta, open_checkpoint
+from peraxis_tools.checkpoints.kinds import execution_key
 from peraxis_tools.convert.layouts import Layout, TorchDelta, component_of, read_torch_delta
+from peraxis_tools.deltas.module_counts import count_encodings
+from peraxis_tools.deltas.whole_tensors import note_whole
+from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import ToolError
-from peraxis_tools.kinds import execution_key
-from peraxis_tools.module_counts import count_encodings
-from peraxis_tools.outputs import claim_delta
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.whole_tensors import note_whole
+from peraxis_tools.outputs.rules import claim_delta
 
 if TYPE_CHECKING:
     from torch import Tensor

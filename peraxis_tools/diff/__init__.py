@@ -14,17 +14,17 @@ from typing import Final, Literal
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_workers
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
+from peraxis_tools.deltas.rows import BaseRows, base_rows
+from peraxis_tools.deltas.unpacked import unpacked
 from peraxis_tools.diff.checkpoint import compare_with_checkpoint
 from peraxis_tools.diff.manifests import manifest_changes
 from peraxis_tools.diff.modules import compare_modules
 from peraxis_tools.diff.result import DiffResult, GroupDiff, ManifestChange, ModuleDiff, group
+from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.parallel import balanced_map
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.remote import is_remote
-from peraxis_tools.rows import BaseRows, base_rows
-from peraxis_tools.unpacked import unpacked
+from peraxis_tools.process.parallel import balanced_map
+from peraxis_tools.remote.files import is_remote
 
 __all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint", "names_checkpoint"]
 

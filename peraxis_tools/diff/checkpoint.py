@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
+from peraxis_tools.checkpoints.kinds import group_of
+from peraxis_tools.deltas.rows import delta_rows, has_delta, restrict, row_blocks
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
-from peraxis_tools.kinds import group_of
-from peraxis_tools.rows import delta_rows, has_delta, restrict, row_blocks
 
 __all__ = ["compare_with_checkpoint"]
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
+from peraxis_tools.checkpoints.kinds import axes_text, group_of
+from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
 from peraxis_tools.diff.packed import Moments, Packed, magnitude, moments, square
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
 from peraxis_tools.diff.stream import checked_blocks, packed_components
-from peraxis_tools.kinds import axes_text, group_of
-from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
 __all__ = ["compare_modules"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peraxis_format as pxd
-from peraxis_tools import environment
-from peraxis_tools.checkpoint import open_checkpoint
-from peraxis_tools.config_bounds import check_config_bounds
+from peraxis_tools.checkpoints import environment
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.config_bounds import check_config_bounds
+from peraxis_tools.checkpoints.positions import checked_length
+from peraxis_tools.checkpoints.vocabulary import check_ids, check_tokenizer_files
 from peraxis_tools.errors import ToolError
 from peraxis_tools.load import load_model
-from peraxis_tools.positions import checked_length
-from peraxis_tools.text import Ids
-from peraxis_tools.vocabulary import check_ids, check_tokenizer_files
+from peraxis_tools.texts.samples import Ids
 
 if TYPE_CHECKING:
     import torch

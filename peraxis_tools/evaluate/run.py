@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
-from peraxis_tools.checkpoint import refuse_swapped
+from peraxis_tools.checkpoints.checkpoint import refuse_swapped
+from peraxis_tools.checkpoints.positions import DEFAULT_LENGTH
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.progress import Staged, StagedProgress, watched_stages
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate.tasks import run_tasks
 from peraxis_tools.evaluate.types import (
@@ -22,12 +25,9 @@ from peraxis_tools.evaluate.types import (
     TaskResult,
     recovered_fraction,
 )
-from peraxis_tools.notes import note
-from peraxis_tools.optional import require
-from peraxis_tools.positions import DEFAULT_LENGTH
-from peraxis_tools.progress import Staged, StagedProgress, watched_stages
-from peraxis_tools.text import Samples, check_texts, load_samples
-from peraxis_tools.threads import limit_torch
+from peraxis_tools.process.optional import require
+from peraxis_tools.process.threads import limit_torch
+from peraxis_tools.texts.samples import Samples, check_texts, load_samples
 
 if TYPE_CHECKING:
     import torch
@@ -85,10 +85,10 @@ def evaluate(
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")
     if tasks:
         require("--tasks", "lm_eval")
-    from peraxis_tools.environment import resolve_device
+    from peraxis_tools.checkpoints.environment import resolve_device
     from peraxis_tools.evaluate.models import check_model, check_tokens, load_tokenizer
-    from peraxis_tools.products import fast_products
-    from peraxis_tools.quiet import quiet_transformers
+    from peraxis_tools.process.products import fast_products
+    from peraxis_tools.process.quiet import quiet_transformers
 
     limit_torch()
     with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from peraxis_format.arguments import did_you_mean
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.evaluate.types import TaskResult
-from peraxis_tools.optional import require
+from peraxis_tools.process.optional import require
 
 __all__ = ["run_tasks"]
 

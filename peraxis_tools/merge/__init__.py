@@ -17,19 +17,19 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import sequence
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.delta_parts import join_parts, refuse_part
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.deltas.parts import join_parts, refuse_part
+from peraxis_tools.deltas.rows import base_rows
+from peraxis_tools.deltas.unpacked import UnpackedFile, unpacked
+from peraxis_tools.deltas.whole_tensors import full_bytes, note_whole
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.progress import Progress, watched
+from peraxis_tools.display.shown import counted, listed
 from peraxis_tools.errors import CheckFailedError, OptionError, ToolError
 from peraxis_tools.merge.methods import SUM_MIN, Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
-from peraxis_tools.notes import note
-from peraxis_tools.outputs import claim_delta
-from peraxis_tools.parallel import ordered_map
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.rows import base_rows
-from peraxis_tools.shown import counted, listed
-from peraxis_tools.unpacked import UnpackedFile, unpacked
-from peraxis_tools.whole_tensors import full_bytes, note_whole
+from peraxis_tools.outputs.rules import claim_delta
+from peraxis_tools.process.parallel import ordered_map
 
 __all__ = ["MergeInput", "MergeResult", "MergedModule", "Method", "Mixture", "merge", "merge_parts"]
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
+from peraxis_tools.deltas.rows import BaseRows, has_delta, row_blocks
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge.fit import Dense
 from peraxis_tools.merge.methods import SUM_MIN
-from peraxis_tools.rows import BaseRows, has_delta, row_blocks
 
 __all__ = ["merge_exact", "merge_tails"]
 

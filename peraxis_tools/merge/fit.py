@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_format.ops.backend import choose
-from peraxis_tools.factors import ComponentSum, weighted
+from peraxis_tools.deltas.factors import ComponentSum, weighted
+from peraxis_tools.deltas.rows import row_blocks
 from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 from peraxis_tools.ops.merge_rows import columns
-from peraxis_tools.rows import row_blocks
 
 __all__ = ["Dense", "Fit", "fit_masks"]
 

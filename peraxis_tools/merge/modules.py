@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
+from peraxis_tools.deltas.factors import joined, module_sum
+from peraxis_tools.deltas.fold import fold
+from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
 from peraxis_tools.errors import ToolError
-from peraxis_tools.factors import joined, module_sum
-from peraxis_tools.fold import fold
 from peraxis_tools.merge.exact import merge_exact, merge_tails
 from peraxis_tools.merge.fit import Dense, fit_masks
 from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
-from peraxis_tools.rows import BaseRows, delta_rows, has_delta, row_blocks
 
 __all__ = ["MergedModule", "merge_module", "needs_base", "relative_error"]
 

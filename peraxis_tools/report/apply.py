@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from peraxis_tools.apply import ApplyResult
+from peraxis_tools.display.shown import counted, listed
 from peraxis_tools.report.console import size, text
-from peraxis_tools.shown import counted, listed
 
 __all__ = ["render_apply"]
 

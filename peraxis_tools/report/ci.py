@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape as xml_text
 from xml.sax.saxutils import quoteattr
 
 import peraxis_format as pxd
-from peraxis_tools.shown import visible
+from peraxis_tools.display.shown import visible
 from peraxis_tools.verify_files import Check, FileVerdict, Status, VerifyResult
 
 __all__ = ["github", "junit", "sarif"]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from peraxis_format import Encoding
-from peraxis_tools.blocks import blocks_text
 from peraxis_tools.compress.plan.plan import EXACT
+from peraxis_tools.deltas.blocks import blocks_text
+from peraxis_tools.display.shown import counted, listed, times_smaller
 from peraxis_tools.report.console import print_note, size, text
-from peraxis_tools.shown import counted, listed, times_smaller
 
 if TYPE_CHECKING:
     from peraxis_tools.compress import CompressResult, Plan

@@ -24,12 +24,12 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peraxis_tools.consoles import shows_progress, standard_error, standard_output
-from peraxis_tools.option_names import on_the_command_line
-from peraxis_tools.optional import require
-from peraxis_tools.shown import size, visible
-from peraxis_tools.standard_streams import report_stream
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.display.consoles import shows_progress, standard_error, standard_output
+from peraxis_tools.display.option_names import on_the_command_line
+from peraxis_tools.display.shown import size, visible
+from peraxis_tools.outputs.standard_streams import report_stream
+from peraxis_tools.process.optional import require
+from peraxis_tools.remote.urls import without_secrets
 
 __all__ = [
     "emit",

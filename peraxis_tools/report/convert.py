@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from peraxis_tools.convert import LoraResult, ToPxdResult, ToWireResult
-from peraxis_tools.module_counts import encodings_text
+from peraxis_tools.deltas.module_counts import encodings_text
+from peraxis_tools.display.shown import counted
 from peraxis_tools.report.console import size, text
-from peraxis_tools.shown import counted
 
 __all__ = ["render_lora", "render_to_pxd", "render_to_wire"]
 

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from peraxis_tools.apply import ApplyResult
 from peraxis_tools.compress import CompressResult
+from peraxis_tools.deltas.inspection import InspectResult
 from peraxis_tools.demo import DemoResult, DemoStep
 from peraxis_tools.evaluate.types import EvaluateResult
-from peraxis_tools.inspection import InspectResult
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.compress import render_compress
 from peraxis_tools.report.console import size, text

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from peraxis_tools.diff import DiffResult, GroupDiff, ModuleDiff
+from peraxis_tools.display.shown import listed
 from peraxis_tools.report.console import text
-from peraxis_tools.shown import listed
 
 __all__ = ["render_diff"]
 

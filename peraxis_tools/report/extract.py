@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from peraxis_tools.display.shown import counted
 from peraxis_tools.extract import ExtractResult
 from peraxis_tools.report.console import size, text
-from peraxis_tools.shown import counted
 
 __all__ = ["render_extract"]
 

@@ -15,13 +15,13 @@ from typing import Final
 from urllib.parse import quote
 
 import peraxis_format as pxd
-from peraxis_tools.calibration_text import calibration_text
+from peraxis_tools.checkpoints.kinds import axes_text
+from peraxis_tools.deltas.calibration_text import calibration_text
+from peraxis_tools.deltas.inspection import ByteShare, InspectResult, ModuleLine
+from peraxis_tools.display.shown import visible
 from peraxis_tools.inspect_details import Details
-from peraxis_tools.inspection import ByteShare, InspectResult, ModuleLine
-from peraxis_tools.kinds import axes_text
-from peraxis_tools.names import HUB_ID
+from peraxis_tools.remote.names import HUB_ID
 from peraxis_tools.report.console import size
-from peraxis_tools.shown import visible
 
 __all__ = ["page", "write_page"]
 

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from peraxis_tools.calibration_text import calibration_text
-from peraxis_tools.delta_parts import is_part, part_of
-from peraxis_tools.inspection import InspectResult, ModuleLine
-from peraxis_tools.kinds import axes_text
-from peraxis_tools.metadata_keys import DISTILLATION_KEY
+from peraxis_tools.checkpoints.kinds import axes_text
+from peraxis_tools.deltas.calibration_text import calibration_text
+from peraxis_tools.deltas.inspection import InspectResult, ModuleLine
+from peraxis_tools.deltas.metadata_keys import DISTILLATION_KEY
+from peraxis_tools.deltas.parts import is_part, part_of
+from peraxis_tools.display.shown import times_smaller
 from peraxis_tools.report.console import size, text
-from peraxis_tools.shown import times_smaller
 
 __all__ = ["render_inspect", "wrapped"]
 

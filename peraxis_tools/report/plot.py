@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import peraxis_format as pxd
+from peraxis_tools.checkpoints.kinds import layer_of
+from peraxis_tools.deltas.inspection import InspectResult, ModuleLine
+from peraxis_tools.display.shown import times_smaller
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect_details import Details
-from peraxis_tools.inspection import InspectResult, ModuleLine
-from peraxis_tools.kinds import layer_of
-from peraxis_tools.optional import require
+from peraxis_tools.process.optional import require
 from peraxis_tools.report.console import size
-from peraxis_tools.shown import times_smaller
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from peraxis_tools.deltas.signatures import SignResult
 from peraxis_tools.report.console import text
-from peraxis_tools.signatures import SignResult
 
 __all__ = ["render_sign"]
 

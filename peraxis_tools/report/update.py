@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from peraxis_tools.blocks import blocks_text
 from peraxis_tools.chain.log import ChainLog, LogEntry
 from peraxis_tools.chain.write import UpdateResult
-from peraxis_tools.module_counts import encodings_text
+from peraxis_tools.deltas.blocks import blocks_text
+from peraxis_tools.deltas.module_counts import encodings_text
 from peraxis_tools.report.console import size, text
 
 __all__ = ["render_compact", "render_log", "render_update"]

@@ -31,7 +31,7 @@ def test_a_server_follows_a_grpo_run_of_trl(workspace: Path, tmp_path: Path) -> 
     from peraxis_format.torch.updates import follow
     from peraxis_tools.apply import apply
     from peraxis_tools.chain import log
-    from peraxis_tools.checkpoint import open_checkpoint
+    from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 
     base, chain = workspace / "base", tmp_path / "chain"
     server, trainer = start("serve", base, chain), start("train", base, chain)

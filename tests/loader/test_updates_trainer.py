@@ -137,7 +137,7 @@ def test_kills_of_trainer_and_server_at_random_moments_lose_nothing(tmp_path: Pa
 def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
     from peraxis_tools.apply import apply
     from peraxis_tools.chain import log
-    from peraxis_tools.checkpoint import open_checkpoint
+    from peraxis_tools.checkpoints.checkpoint import open_checkpoint
     from tests.factories import write_checkpoint
 
     model = trainer()

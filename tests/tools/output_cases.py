@@ -49,7 +49,7 @@ def make_inputs(folder: Path) -> None:
     """Write base, tuned, a.pxd and b.pxd of that base, the parts of a.pxd, a BitDelta file, and a key."""
     import torch
 
-    from peraxis_tools.delta_parts import split
+    from peraxis_tools.deltas.parts import split
     from tests.tools.test_sign import write_key
 
     rng = np.random.default_rng(0)

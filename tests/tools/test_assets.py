@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 import peraxis_format as pxd
 from peraxis_tools import apply
-from peraxis_tools.assets import find_assets
 from peraxis_tools.chain import update
+from peraxis_tools.checkpoints.assets import find_assets
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError
 from tests.tools.compress_pairs import llama_config, write_tokenizer

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 import peraxis_format as pxd
-from peraxis_tools.calibration_text import calibration_text
 from peraxis_tools.card import CardDelta, card_text
 from peraxis_tools.commands.inspect import command
+from peraxis_tools.deltas.calibration_text import calibration_text
 from peraxis_tools.inspect import inspect
 from peraxis_tools.inspect_details import details
 from peraxis_tools.report.html import page

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.chain import ChainState, chain_order, compact, link_of, log, update
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
 from tests.factories import write_checkpoint

@@ -11,8 +11,8 @@ import pytest
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
-from peraxis_tools.assets import asset_group
 from peraxis_tools.chain import compact, update
+from peraxis_tools.checkpoints.assets import asset_group
 from peraxis_tools.compress import compress
 from tests.factories import write_checkpoint
 

@@ -18,7 +18,7 @@ from peraxis_tools.chain import siblings
 from peraxis_tools.chain.siblings import refuse_disorder
 from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.remote_output import names_beside
+from peraxis_tools.outputs.remote_output import names_beside
 from tests.factories import write_checkpoint
 from tests.tools.test_chain import start, stepped
 

@@ -20,7 +20,7 @@ import peraxis_format as pxd
 from peraxis_format import CHANGED_KEY
 from peraxis_tools.apply import apply
 from peraxis_tools.chain import compact, log, update
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.cli import cli
 from tests.factories import write_checkpoint
 

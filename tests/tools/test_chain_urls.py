@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from peraxis_tools import remote
 from peraxis_tools.chain import log, update
 from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
+from peraxis_tools.remote import files as remote
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 from tests.tools.test_chain import Tensors, assert_holds, start, stepped
 

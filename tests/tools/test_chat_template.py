@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from peraxis_tools.chat_template import chat_template_of
 from peraxis_tools.compress.calibration.generate import starts_of
 from peraxis_tools.errors import ToolError
-from peraxis_tools.text import load_samples
+from peraxis_tools.texts.chat_template import chat_template_of
+from peraxis_tools.texts.samples import load_samples
 from tests.tools.compress_pairs import write_tokenizer
 
 TURNS = [{"role": "user", "content": "sun \ud800 'moon'"}, {"role": "assistant", "content": "red {{ 1 }}"}]

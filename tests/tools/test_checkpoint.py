@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import peraxis_format as pxd
 from peraxis_format import CheckpointError
-from peraxis_tools.checkpoint import open_checkpoint, parse_identity
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint, parse_identity
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from peraxis_tools.cli import cli
-from peraxis_tools.remote import deltas_of
+from peraxis_tools.remote.files import deltas_of
 from peraxis_tools.verify import delta_files, verify
 from tests.tools.output_cases import make_inputs
 

@@ -11,13 +11,13 @@ import torch
 import transformers
 
 import peraxis_format as pxd
+from peraxis_tools.checkpoints.parameter_names import map_names
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.distill.distill import checkpoint_layers
 from peraxis_tools.compress.distill.losses import TeacherStates
 from peraxis_tools.compress.fit.moments.recorder import Call, Observer
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.parameter_names import map_names
 from tests.tools.compress_pairs import VOCABULARY, write_pair, write_text
 
 COMMON = {

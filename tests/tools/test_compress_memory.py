@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.compress import CompressOptions, compress
 from peraxis_tools.compress.plan.estimate import StageWork
 from peraxis_tools.compress.plan.pair_plan import plan_pair

@@ -16,7 +16,7 @@ from peraxis_tools.compress import CompressOptions, OptionError, Plan
 from peraxis_tools.compress.options import RECIPES
 from peraxis_tools.compress.plan.budget import Choice, allocate
 from peraxis_tools.compress.plan.plan import plan
-from peraxis_tools.sizes import parse_size
+from peraxis_tools.display.sizes import parse_size
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import peraxis_format as pxd
 from peraxis_format import Encoding, Safetensors
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import price
 from peraxis_tools.compress.plan.budget import spend

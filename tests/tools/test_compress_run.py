@@ -20,7 +20,7 @@ from peraxis_tools.compress.calibration.parts import partition
 from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate
-from peraxis_tools.text import load_samples
+from peraxis_tools.texts.samples import load_samples
 from tests.factories import modules_of
 from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text
 

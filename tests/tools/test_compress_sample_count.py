@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from peraxis_format import DType, TensorInfo
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.environment import resolve_dtype
 from peraxis_tools.compress import options_file
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import pair_plan
 from peraxis_tools.compress.plan.sample_count import sample_count
 from peraxis_tools.compress.run.inputs import generated_count
-from peraxis_tools.environment import resolve_dtype
 from tests.tools.compress_pairs import llama_config, write_pair
 
 

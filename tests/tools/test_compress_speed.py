@@ -11,7 +11,6 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from peraxis_format import Axis
-from peraxis_tools import products
 from peraxis_tools.compress import compress
 from peraxis_tools.compress.calibration.generate import draw_tokens
 from peraxis_tools.compress.calibration.parts import pieces_of
@@ -19,8 +18,9 @@ from peraxis_tools.compress.fit.gram import add_gram
 from peraxis_tools.compress.fit.moments.collector import Batch, Text
 from peraxis_tools.compress.fit.scales import fit_scales, start_component
 from peraxis_tools.compress.fit.signs import inverse_factor
-from peraxis_tools.products import fast_products
-from peraxis_tools.threads import one_blas_thread, pool_size, use_threads
+from peraxis_tools.process import products
+from peraxis_tools.process.products import fast_products
+from peraxis_tools.process.threads import one_blas_thread, pool_size, use_threads
 from tests.tools.compress_pairs import FEW, llama_pair
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import transformers
 
-from peraxis_tools.config_bounds import check_config_bounds
-from peraxis_tools.environment import load_config, parse_config
+from peraxis_tools.checkpoints.config_bounds import check_config_bounds
+from peraxis_tools.checkpoints.environment import load_config, parse_config
 from peraxis_tools.errors import ToolError
 
 KINDS = ("llama", "gpt2", "t5", "qwen2_moe", "mixtral", "deepseek_v3", "llava", "mamba", "bert", "opt", "qwen3_next")

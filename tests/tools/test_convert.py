@@ -232,7 +232,7 @@ def test_the_rank_by_error_is_the_least_that_holds_it(tmp_path: Path) -> None:
 def test_peft_loads_the_adapter_into_the_weights_that_we_say(tmp_path: Path, shared: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    from peraxis_tools.checkpoint import open_checkpoint
+    from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 
     model = transformers.AutoModelForCausalLM.from_pretrained(shared / "pairs" / "stories260K", dtype=torch.float32)
     rng = np.random.default_rng(0)

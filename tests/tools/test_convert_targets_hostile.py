@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from peraxis_tools import parameter_names
+from peraxis_tools.checkpoints import parameter_names
+from peraxis_tools.checkpoints.parameter_names import map_names
 from peraxis_tools.convert import targets
 from peraxis_tools.convert.targets import targets_by_model, targets_by_name
-from peraxis_tools.parameter_names import map_names
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 8,

@@ -14,10 +14,10 @@ import peraxis_format as pxd
 from peraxis_format.arguments import did_you_mean
 from peraxis_format.ops.backend import available
 from peraxis_tools.compress import CompressOptions
-from peraxis_tools.documents import read_documents
 from peraxis_tools.errors import OptionError
 from peraxis_tools.evaluate import evaluate
 from peraxis_tools.merge import Mixture
+from peraxis_tools.texts.documents import read_documents
 from tests.tools.output_cases import make_inputs
 
 

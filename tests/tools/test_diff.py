@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
+from peraxis_tools.checkpoints.kinds import axes_text
 from peraxis_tools.commands.diff import command
+from peraxis_tools.deltas.rows import delta_rows, restrict, row_blocks
 from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, packed
 from peraxis_tools.diff.packed import Packed, moments, pack, square
 from peraxis_tools.errors import CheckFailedError
-from peraxis_tools.kinds import axes_text
 from peraxis_tools.ops.mask_compare import Columns, differing
-from peraxis_tools.rows import delta_rows, restrict, row_blocks
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
 from tests.tools.merge_pairs import pair_of_deltas
 

@@ -17,9 +17,9 @@ from peraxis_format.delta import BaseRef, Encoding
 from peraxis_format.dtypes import DType
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 from peraxis_tools.compress.distill.latents import SignLatents
 from peraxis_tools.compress.distill.parametrization import BuiltWeights, DeltaParametrization, TrainedComponent
-from peraxis_tools.parameter_names import ParameterSlice
 
 BATCHES: list[tuple[int, ...]] = [(), (3,)]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from peraxis_tools.checkpoints.environment import load_tokenizer
 from peraxis_tools.compress.calibration.generate import starts_of
-from peraxis_tools.encoding import token_ids, tokenizer_errors
-from peraxis_tools.environment import load_tokenizer
 from peraxis_tools.errors import ToolError
-from peraxis_tools.text import load_samples
+from peraxis_tools.texts.encoding import token_ids, tokenizer_errors
+from peraxis_tools.texts.samples import load_samples
 from tests.tools.compress_pairs import write_text, write_tokenizer
 
 

@@ -11,8 +11,8 @@ import pytest
 import peraxis
 import peraxis_format as pxd
 from peraxis_format import CheckpointError
-from peraxis_tools.assets import find_assets
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.assets import find_assets
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError, error_line
 from tests.tools.compress_pairs import llama_pair

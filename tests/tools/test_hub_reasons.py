@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peraxis_format.hub import hub_file, hub_name, hub_reason
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 
 
 def failed(*, named: bool) -> BaseException:

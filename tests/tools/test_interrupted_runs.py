@@ -17,9 +17,9 @@ from peraxis_tools import cli
 from peraxis_tools.compress import compress
 from peraxis_tools.compress.run.work_folder import WorkFolder
 from peraxis_tools.errors import ToolError
-from peraxis_tools.outputs import claim_file, claim_folder
-from peraxis_tools.process import Terminated
-from peraxis_tools.threads import THREADS_MAX, use_threads
+from peraxis_tools.outputs.rules import claim_file, claim_folder
+from peraxis_tools.process.command_line import Terminated
+from peraxis_tools.process.threads import THREADS_MAX, use_threads
 from tests.tools.compress_pairs import FEW, llama_pair
 
 FIT: dict[str, Any] = dict(FEW)

@@ -15,7 +15,7 @@ import pytest
 from peraxis_format import __version__
 from peraxis_tools import cli
 from peraxis_tools.errors import ToolError
-from peraxis_tools.interrupts import interrupts_end
+from peraxis_tools.process.interrupts import interrupts_end
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def test_what_is_imported_before_signals_are_handled_is_loaded_already() -> None
         text=True,
         check=True,
     )
-    ours = {"peraxis_tools", "peraxis_tools.entry", "peraxis_tools.interrupts"}
+    ours = {"peraxis_tools", "peraxis_tools.entry", "peraxis_tools.process.interrupts"}
     assert set(done.stdout.split()) <= {"__future__", *ours}
 
 
@@ -37,7 +37,7 @@ def test_the_command_line_handles_signals_before_its_other_imports() -> None:
         "import sys, importlib.abc\n"
         "class Interrupting(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name in ('click', 'peraxis_tools.process'):\n"
+        "        if name in ('click', 'peraxis_tools.process.command_line'):\n"
         "            import os, signal\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupting())\n"

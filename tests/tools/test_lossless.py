@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.cli import cli
 from peraxis_tools.compress import CompressOptions, OptionError, compress
 from peraxis_tools.diff import diff, diff_checkpoint
@@ -187,7 +187,7 @@ def test_a_live_model_becomes_what_an_exact_file_was_made_of(pair: tuple[Path, P
     pytest.importorskip("torch")
     from peraxis_format.ops.tensors import from_storage, storage_array
     from peraxis_format.torch import apply_
-    from peraxis_tools.checkpoint import open_checkpoint
+    from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 
     base, tuned, _ = pair
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after:

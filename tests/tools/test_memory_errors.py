@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peraxis_tools import cli
-from peraxis_tools.memory_errors import out_of_memory
+from peraxis_tools.process.memory_errors import out_of_memory
 
 OF_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 1 GiB")
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import peraxis_format as pxd
 from peraxis_tools.chain import update
 from peraxis_tools.commands.merge import command
+from peraxis_tools.deltas.fold import fold
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.fold import fold
 from peraxis_tools.merge import Mixture, merge
 from peraxis_tools.split import split
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta

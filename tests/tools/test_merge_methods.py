@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peraxis_format as pxd
-from peraxis_tools.factors import module_sum
+from peraxis_tools.deltas.factors import module_sum
 from peraxis_tools.merge import Mixture, merge
 from peraxis_tools.merge.fit import fit_masks
 from peraxis_tools.merge.methods import Magnitudes, make_mixer, threshold

@@ -17,7 +17,7 @@ import yaml
 import peraxis_format as pxd
 from peraxis_tools.cli import VERBS
 from peraxis_tools.errors import NotVerifiableError
-from peraxis_tools.optional import DISTRIBUTIONS, EXTRAS, MissingPackageError, missing, require
+from peraxis_tools.process.optional import DISTRIBUTIONS, EXTRAS, MissingPackageError, missing, require
 from tests.bare import ROOT, run_bare
 from tests.factories import random_storage, write_checkpoint
 from tests.test_architecture import imported, sources

@@ -15,8 +15,8 @@ from peraxis_tools.apply import apply
 from peraxis_tools.chain import update
 from peraxis_tools.cli import cli
 from peraxis_tools.compress import CompressOptions, OptionError, compress
-from peraxis_tools.content_ids import parse_content_ids
 from peraxis_tools.convert import to_lora
+from peraxis_tools.deltas.content_ids import parse_content_ids
 from peraxis_tools.diff import diff, diff_checkpoint
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.merge import Mixture, merge

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 from peraxis_format import CheckpointError
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.positions import DEFAULT_LENGTH, checked_length, positions_of
 from peraxis_tools.cli import cli
 from peraxis_tools.compress import CompressOptions
-from peraxis_tools.documents import check_text
 from peraxis_tools.errors import OptionError, ToolError
-from peraxis_tools.names import names_a_file
-from peraxis_tools.positions import DEFAULT_LENGTH, checked_length, positions_of
 from peraxis_tools.pull import pull
+from peraxis_tools.remote.names import names_a_file
+from peraxis_tools.texts.documents import check_text
 from tests.tools.output_cases import make_inputs
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from peraxis_tools import documents
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import OptionError
-from peraxis_tools.quiet import hush_hub
+from peraxis_tools.process.quiet import hush_hub
+from peraxis_tools.texts import documents
 from tests.tools.compress_pairs import FEW, llama_pair
 
 FIT: dict[str, Any] = dict(FEW)

@@ -13,7 +13,7 @@ import pytest
 import peraxis_format as pxd
 from peraxis_format.errors import CheckpointError
 from peraxis_tools.apply import apply
-from peraxis_tools.assets import LEFT_BEHIND
+from peraxis_tools.checkpoints.assets import LEFT_BEHIND
 from peraxis_tools.compress import compress
 from tests.factories import random_storage, write_checkpoint
 

@@ -13,7 +13,7 @@ import peraxis_format as pxd
 from peraxis_tools.convert import WIRES, WireName, from_wire, recognised, to_pxd
 from peraxis_tools.errors import ToolError
 from peraxis_tools.extract import extract
-from peraxis_tools.folders import MARKER, atomic_folder
+from peraxis_tools.outputs.folders import MARKER, atomic_folder
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from peraxis_tools.compress import CompressOptions
+from peraxis_tools.display.option_names import on_the_command_line
 from peraxis_tools.errors import ToolError
-from peraxis_tools.option_names import on_the_command_line
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 import peraxis_format as pxd
 from peraxis_tools.cli import main
 from peraxis_tools.compress import compress
+from peraxis_tools.display.progress import silent
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import silent
 from peraxis_tools.verify_files import Status, Wanted, verify_files
 from tests.factories import random_storage, write_checkpoint
 from tests.tools.output_cases import make_inputs, snapshot

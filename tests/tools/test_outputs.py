@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 import peraxis_format as pxd
-from peraxis_tools import folders
 from peraxis_tools.apply import apply
 from peraxis_tools.cli import main
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import MARKER, atomic_folder, earlier_output, write_marker
-from peraxis_tools.outputs import claim_file, claim_files, claim_folder
+from peraxis_tools.outputs import folders
+from peraxis_tools.outputs.folders import MARKER, atomic_folder, earlier_output, write_marker
+from peraxis_tools.outputs.rules import claim_file, claim_files, claim_folder
 from tests.tools.output_cases import FILE_VERBS, FOLDER_VERBS, INPUTS, make_inputs, snapshot
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -254,7 +254,7 @@ def test_no_folder_is_made_above_an_output(folder: Path) -> None:
 @contextmanager
 def another_run(code: str) -> Iterator[subprocess.Popen[str]]:
     """Run a process that prints a line in the middle of the code and stays there until the end of the block."""
-    lines = ["import sys", "from peraxis_tools.outputs import *", f"with {code}:", " print('in', flush=True)"]
+    lines = ["import sys", "from peraxis_tools.outputs.rules import *", f"with {code}:", " print('in', flush=True)"]
     program = "\n".join([*lines, " sys.stdin.read()"])
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT

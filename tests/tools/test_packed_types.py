@@ -16,12 +16,12 @@ from peraxis_format import DType
 from peraxis_format.errors import LiveModelError
 from peraxis_tools.apply import apply
 from peraxis_tools.chain import compact, update
+from peraxis_tools.checkpoints.shards import TensorSpec, shard_header
 from peraxis_tools.compress import compress
 from peraxis_tools.compress.plan.quantised import quantisation_of
 from peraxis_tools.diff import diff, diff_checkpoint
 from peraxis_tools.inspect import inspect
 from peraxis_tools.merge import merge
-from peraxis_tools.shards import TensorSpec, shard_header
 from peraxis_tools.verify import verify
 
 CARRIED = [dtype for dtype in DType if not dtype.is_float]

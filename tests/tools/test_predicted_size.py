@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import peraxis_format as pxd
-from peraxis_tools.assets import FolderAssets
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.assets import FolderAssets
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.compress import CompressResult, Plan, compress
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import record, size

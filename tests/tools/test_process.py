@@ -14,7 +14,7 @@ import pytest
 
 import peraxis_format as pxd
 from peraxis_tools.cli import VERBS, main
-from peraxis_tools.process import prepared_process
+from peraxis_tools.process.command_line import prepared_process
 from tests.tools.output_cases import make_inputs
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import peraxis_format as pxd
-from peraxis_tools.bars import _Steps, progress
+from peraxis_tools.display.bars import _Steps, progress
 from peraxis_tools.verify_files import Wanted, verify_files
 from tests.factories import random_storage, sign_module, write_checkpoint, write_delta
 

@@ -14,10 +14,10 @@ from rich.progress import Progress
 
 import peraxis
 import peraxis_tools
-from peraxis_tools import bars
-from peraxis_tools import progress as progress_module
+from peraxis_tools.display import bars
+from peraxis_tools.display import progress as progress_module
+from peraxis_tools.display.remaining import Remaining, remaining_seconds
 from peraxis_tools.merge import merge_parts
-from peraxis_tools.remaining import Remaining, remaining_seconds
 from tests.tools.output_cases import make_inputs
 
 

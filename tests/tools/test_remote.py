@@ -19,14 +19,14 @@ import pytest
 from click.testing import CliRunner
 
 import peraxis_format as pxd
-from peraxis_tools import remote
 from peraxis_tools.cli import main
 from peraxis_tools.commands import inspect as inspect_command
 from peraxis_tools.commands import verify as verify_command
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
-from peraxis_tools.remote import RemoteFile, hub_form, is_remote
-from peraxis_tools.urls import without_secrets
+from peraxis_tools.remote import files as remote
+from peraxis_tools.remote.files import RemoteFile, hub_form, is_remote
+from peraxis_tools.remote.urls import without_secrets
 from peraxis_tools.verify import verify
 from tests.factories import random_storage, sign_module, write_delta
 

@@ -13,7 +13,7 @@ import pytest
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.errors import ToolError
-from peraxis_tools.remote import RemoteFile
+from peraxis_tools.remote.files import RemoteFile
 from peraxis_tools.verify import verify
 from tests.factories import write_checkpoint
 from tests.tools.test_remote import Server

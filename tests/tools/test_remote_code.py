@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from peraxis_tools.environment import load_config, load_tokenizer
+from peraxis_tools.checkpoints.environment import load_config, load_tokenizer
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate.models import load_checkpoint_model
 from tests.tools.compress_pairs import llama_pair

@@ -15,7 +15,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.extract import extract
 from peraxis_tools.inspect import inspect_remote
 from peraxis_tools.pull import pull
-from peraxis_tools.remote import RemoteFile, local_copy
+from peraxis_tools.remote.files import RemoteFile, local_copy
 from tests.factories import random_storage, sign_module, write_delta
 
 pytest.importorskip("aiohttp")

@@ -12,7 +12,7 @@ from rich.console import Console
 import peraxis
 from peraxis_tools.chain import ChainLog, LogEntry
 from peraxis_tools.cli import cli
-from peraxis_tools.consoles import LEAST_WIDTH, standard_output
+from peraxis_tools.display.consoles import LEAST_WIDTH, standard_output
 from peraxis_tools.report.console import plain_text
 from peraxis_tools.report.update import render_log
 from tests.tools.output_cases import make_inputs

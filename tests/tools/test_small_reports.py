@@ -15,8 +15,8 @@ from click.testing import CliRunner
 import peraxis
 import peraxis_format as pxd
 from peraxis_tools.cli import cli
+from peraxis_tools.display.shown import times_smaller
 from peraxis_tools.publish import publish
-from peraxis_tools.shown import times_smaller
 from tests.factories import random_storage, write_checkpoint
 from tests.tools.output_cases import make_inputs
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peraxis_tools import text as text_module
 from peraxis_tools.compress.calibration.generate import starts_of
-from peraxis_tools.documents import Conversation, read_documents
 from peraxis_tools.errors import OptionError
-from peraxis_tools.text import Source, check_calibration, load_samples, unread_tokens
+from peraxis_tools.texts import samples as text_module
+from peraxis_tools.texts.documents import Conversation, read_documents
+from peraxis_tools.texts.samples import Source, check_calibration, load_samples, unread_tokens
 from tests.tools.compress_pairs import write_text, write_tokenizer
 
 TEMPLATE = (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from peraxis_tools.documents import read_documents
 from peraxis_tools.errors import OptionError
+from peraxis_tools.texts.documents import read_documents
 
 ROWS = '{"text": "sun"}\n\n{"text": "moon"}\n'
 LATIN = "café moon".encode("latin-1")

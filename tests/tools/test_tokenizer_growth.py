@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from peraxis_tools.environment import load_tokenizer
+from peraxis_tools.checkpoints.environment import load_tokenizer
+from peraxis_tools.checkpoints.tokenizer_growth import growth_of
 from peraxis_tools.errors import ToolError
-from peraxis_tools.tokenizer_growth import growth_of
 from tests.tools.compress_pairs import write_tokenizer
 
 

@@ -21,7 +21,7 @@ from peraxis_tools.cli import cli
 from peraxis_tools.commands import compress as compress_command
 from peraxis_tools.compress import CompressOptions
 from peraxis_tools.compress.options import RECIPES, OptionError
-from peraxis_tools.process import told_on_interrupt
+from peraxis_tools.process.command_line import told_on_interrupt
 from peraxis_tools.report.evaluate import shown_kl
 from peraxis_tools.yaml_file import read_mapping
 from tests.factories import random_storage, write_checkpoint

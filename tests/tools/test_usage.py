@@ -15,7 +15,7 @@ import peraxis_format as pxd
 from peraxis_tools.chain import update
 from peraxis_tools.cli import main
 from peraxis_tools.compress import CompressOptions
-from peraxis_tools.sizes import parse_size
+from peraxis_tools.display.sizes import parse_size
 from tests.factories import random_storage, write_checkpoint
 from tests.tools.output_cases import make_inputs
 

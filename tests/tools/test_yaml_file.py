@@ -9,8 +9,8 @@ import pytest
 
 from peraxis_tools.card import missing_fields
 from peraxis_tools.compress import CompressOptions
-from peraxis_tools.documents import read_documents
 from peraxis_tools.errors import OptionError
+from peraxis_tools.texts.documents import read_documents
 from peraxis_tools.yaml_file import read_mapping
 
 BOMB = "\n".join(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 
 arrow = pytest.importorskip("pyarrow")
 Tensors = dict[str, tuple[np.ndarray, pxd.DType]]

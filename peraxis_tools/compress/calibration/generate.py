@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peraxis_tools.chat_template import chat_template_of
 from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-from peraxis_tools.encoding import token_ids
-from peraxis_tools.heap import trim_heap
-from peraxis_tools.text import Ids
+from peraxis_tools.process.heap import trim_heap
+from peraxis_tools.texts.chat_template import chat_template_of
+from peraxis_tools.texts.encoding import token_ids
+from peraxis_tools.texts.samples import Ids
 
 __all__ = ["draw_tokens", "generate", "starts_of"]
 

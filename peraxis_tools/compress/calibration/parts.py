@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from peraxis_tools.text import Ids
+from peraxis_tools.texts.samples import Ids
 
 __all__ = ["Halves", "Parts", "calibrating", "halves", "partition", "pieces_of"]
 

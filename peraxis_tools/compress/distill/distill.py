@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peraxis_format import Encoding
 from peraxis_format.ops.tensors import TORCH_DTYPES
+from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 from peraxis_tools.compress.distill.losses import Losses, TeacherStates
 from peraxis_tools.compress.distill.parametrization import (
     BuiltWeights,
@@ -49,8 +50,7 @@ from peraxis_tools.compress.model.weights import Weights, kept_rows
 from peraxis_tools.compress.plan.plan import EXACT, PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.heap import trim_heap
-from peraxis_tools.parameter_names import ParameterSlice
+from peraxis_tools.process.heap import trim_heap
 
 __all__ = ["DistillOptions", "DistillResult", "checkpoint_layers", "distill"]
 

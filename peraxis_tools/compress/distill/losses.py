@@ -16,7 +16,7 @@ from peraxis_tools.compress.distill.parametrization import BuiltWeights
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.heap import trim_heap
+from peraxis_tools.process.heap import trim_heap
 
 __all__ = ["Losses", "TeacherStates", "divergence"]
 

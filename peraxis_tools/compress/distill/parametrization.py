@@ -33,8 +33,8 @@ from peraxis_format import Array, Axis, Component, DType, encode_scale_pair, enc
 from peraxis_format.ops.rebuild import rebuild_tensor
 from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.tensors import TORCH_DTYPES, storage_array
+from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 from peraxis_tools.compress.distill.latents import SignLatents, row_blocks
-from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["BuiltWeights", "DeltaParametrization", "TrainedComponent", "TrainedTensor"]
 

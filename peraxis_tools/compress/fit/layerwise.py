@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format import Encoding, Safetensors
+from peraxis_tools.checkpoints.parameter_names import NameMap, ParameterSlice
 from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix
 from peraxis_tools.compress.fit.mean import mean_components
@@ -41,9 +42,8 @@ from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.heap import trim_heap
-from peraxis_tools.parameter_names import NameMap, ParameterSlice
-from peraxis_tools.progress import Staged
+from peraxis_tools.display.progress import Staged
+from peraxis_tools.process.heap import trim_heap
 
 __all__ = ["LayerwiseCalibration"]
 

@@ -14,7 +14,7 @@ import torch
 from peraxis_format import Axis
 from peraxis_tools.compress.fit.fit import FitOptions, Hessian, Matrix, fit_terms, quadratic
 from peraxis_tools.compress.fit.scales import ComponentFit, fit_scales
-from peraxis_tools.heap import trim_heap
+from peraxis_tools.process.heap import trim_heap
 
 __all__ = ["fit_used_rows", "has_unused_rows"]
 

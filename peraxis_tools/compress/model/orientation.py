@@ -15,13 +15,13 @@ from torch import Tensor
 
 from peraxis_format import Axis, Component
 from peraxis_format.ops.tensors import TORCH_DTYPES
+from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 from peraxis_tools.compress.fit.fit import FittedMatrix, Matrix
 from peraxis_tools.compress.fit.moments.stages import Key, Stage
 from peraxis_tools.compress.model.components import components_of
 from peraxis_tools.compress.model.weights import Weights
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
-from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["OrientedModule"]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 import peraxis_format as pxd
 from peraxis_format import Encoding, Safetensors
 from peraxis_format.ops.tensors import TORCH_DTYPES, from_storage
+from peraxis_tools.checkpoints.parameter_names import NameMap
 from peraxis_tools.compress.model.components import apply_components
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel, UnsupportedModelError
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.run.types import FittedModule
-from peraxis_tools.parameter_names import NameMap
 
 __all__ = ["Weights", "kept_rows"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from peraxis_format import Array, DType, Encoding, Safetensors, to_float32
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged
+from peraxis_tools.display.progress import Staged
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import Staged
 
 __all__ = ["check_finite", "check_pair_finite"]
 

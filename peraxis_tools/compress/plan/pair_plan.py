@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peraxis_tools.assets import left_behind
-from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.assets import left_behind
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.positions import checked_length
+from peraxis_tools.checkpoints.vocabulary import check_tokenizer_files
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.casts import with_casts
 from peraxis_tools.compress.plan.pairing import tied_pairs
 from peraxis_tools.compress.plan.plan import Plan, plan
 from peraxis_tools.compress.plan.sample_count import sample_count
-from peraxis_tools.positions import checked_length
-from peraxis_tools.vocabulary import check_tokenizer_files
 
 __all__ = ["plan_pair", "with_text"]
 

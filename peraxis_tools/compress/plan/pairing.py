@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from peraxis_format import NAME, Safetensors, TensorInfo
-from peraxis_tools.checkpoint import Checkpoint, parse_identity
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, parse_identity
+from peraxis_tools.checkpoints.kinds import kind_of
 from peraxis_tools.compress.plan.plan import TABLES, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
 from peraxis_tools.compress.plan.renaming import base_names, renaming_text
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import listed
 from peraxis_tools.errors import ToolError
-from peraxis_tools.kinds import kind_of
-from peraxis_tools.notes import note
-from peraxis_tools.shown import listed
 
 __all__ = ["check_pair", "matched", "quantised_side", "tied_pairs"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from peraxis_format import Axis, DType, Encoding, Identity, payload_size, tensor_shapes
+from peraxis_tools.checkpoints.kinds import execution_key, kind_of, layer_of
 from peraxis_tools.compress.options import AUTO, EVERYTHING, CompressOptions, OptionError
-from peraxis_tools.kinds import execution_key, kind_of, layer_of
 
 __all__ = [
     "EXACT",

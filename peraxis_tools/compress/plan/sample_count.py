@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from peraxis_format import TensorInfo
+from peraxis_tools.checkpoints.kinds import layer_of
 from peraxis_tools.compress.options import SAMPLES_MOST
-from peraxis_tools.kinds import layer_of
 
 __all__ = ["sample_count"]
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.compress.plan.pairing import quantised_side
 from peraxis_tools.compress.plan.plan import EXACT, WITHIN_BUDGET, Plan
+from peraxis_tools.deltas.whole_tensors import SAVING_MIN
+from peraxis_tools.display.notes import note
 from peraxis_tools.errors import ToolError
-from peraxis_tools.notes import note
-from peraxis_tools.whole_tensors import SAVING_MIN
 
 __all__ = ["check_saving", "note_saving", "saves"]
 

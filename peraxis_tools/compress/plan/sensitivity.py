@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peraxis_format import Component, unpack_signs
+from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 from peraxis_tools.compress.fit.mean import mean_components
 from peraxis_tools.compress.fit.signs import unit
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
@@ -39,9 +40,8 @@ from peraxis_tools.compress.plan.estimate import sensitivity_pieces
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.price import MEASURED_MASKS, extended, shares_left
 from peraxis_tools.compress.plan.unchanged import is_unchanged
-from peraxis_tools.heap import trim_heap
-from peraxis_tools.parameter_names import ParameterSlice
-from peraxis_tools.text import Ids
+from peraxis_tools.process.heap import trim_heap
+from peraxis_tools.texts.samples import Ids
 
 __all__ = ["fisher_errors", "fitted_errors", "in_pieces", "inner_products"]
 

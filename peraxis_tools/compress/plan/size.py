@@ -22,13 +22,13 @@ from peraxis_format import (
     header_bytes,
     layout,
 )
-from peraxis_tools.assets import LEFT_BEHIND
-from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.assets import LEFT_BEHIND
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.plan import Plan, PlannedModule
 from peraxis_tools.compress.plan.record import PLAN_KEY, Line, plan_text, report_text
+from peraxis_tools.deltas.metadata_keys import CONFIG_KEY, REPORT_KEY
 from peraxis_tools.errors import ToolError
-from peraxis_tools.metadata_keys import CONFIG_KEY, REPORT_KEY
 
 __all__ = ["predicted_size", "with_file_bytes"]
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from peraxis_format import Axis, Calibration
-from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.environment import resolve_dtype
+from peraxis_tools.checkpoints.parameter_names import NameMap, map_names
 from peraxis_tools.compress.calibration.generate import generate
 from peraxis_tools.compress.calibration.parts import Parts, halves, partition
 from peraxis_tools.compress.distill.distill import DistillOptions, distill
@@ -41,18 +43,16 @@ from peraxis_tools.compress.run.inputs import (
 from peraxis_tools.compress.run.memory import check_memory, held_bytes, machine_memory
 from peraxis_tools.compress.run.types import OPEN_STEPS, FittedModule, RunFit
 from peraxis_tools.compress.run.work_folder import WorkFolder
-from peraxis_tools.environment import resolve_dtype
+from peraxis_tools.deltas.metadata_keys import DISTILLATION_KEY
+from peraxis_tools.display.progress import Staged
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import ToolError
-from peraxis_tools.heap import trim_heap
-from peraxis_tools.metadata_keys import DISTILLATION_KEY
-from peraxis_tools.parameter_names import NameMap, map_names
-from peraxis_tools.process import Terminated
-from peraxis_tools.products import fast_products
-from peraxis_tools.progress import Staged
-from peraxis_tools.quiet import quiet_transformers
-from peraxis_tools.shown import counted
-from peraxis_tools.text import Samples, unread_tokens
-from peraxis_tools.threads import limit_torch
+from peraxis_tools.process.command_line import Terminated
+from peraxis_tools.process.heap import trim_heap
+from peraxis_tools.process.products import fast_products
+from peraxis_tools.process.quiet import quiet_transformers
+from peraxis_tools.process.threads import limit_torch
+from peraxis_tools.texts.samples import Samples, unread_tokens
 
 __all__ = ["CalibratedFit"]
 

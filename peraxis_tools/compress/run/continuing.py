@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from peraxis_tools.compress.run.work_folder import WorkFolder
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import ToolError
-from peraxis_tools.notes import note
-from peraxis_tools.shown import counted
-from peraxis_tools.threads import threads_asked_for, use_threads
+from peraxis_tools.process.threads import threads_asked_for, use_threads
 
 __all__ = ["continued"]
 

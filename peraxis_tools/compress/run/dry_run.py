@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.vocabulary import check_ids
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.estimate import Text, work_of
@@ -26,11 +27,10 @@ from peraxis_tools.compress.plan.price import MASKS_MAX
 from peraxis_tools.compress.plan.saving import note_saving
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.memory import held_bytes, machine_memory
+from peraxis_tools.deltas.module_counts import count_encodings
 from peraxis_tools.errors import ToolError
-from peraxis_tools.module_counts import count_encodings
-from peraxis_tools.optional import require
-from peraxis_tools.text import Source
-from peraxis_tools.vocabulary import check_ids
+from peraxis_tools.process.optional import require
+from peraxis_tools.texts.samples import Source
 
 if TYPE_CHECKING:
     from peraxis_tools.compress.plan.estimate import StageWork
@@ -139,11 +139,17 @@ def _typical_errors(plan: Plan, options: CompressOptions) -> dict[str, list[floa
 def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions, *, asked: bool) -> tuple[Text, Any]:
     """The samples of a run, and the model's configuration. This imports and opens the same as a run."""
     import peraxis_tools.compress.run.calibrated  # noqa: F401  as a run does
+    from peraxis_tools.checkpoints.environment import (
+        check_causal,
+        load_config,
+        load_tokenizer,
+        resolve_device,
+        resolve_dtype,
+    )
+    from peraxis_tools.checkpoints.parameter_names import map_names
     from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
     from peraxis_tools.compress.run.inputs import read_samples, text_of
     from peraxis_tools.compress.run.probe import warm_up
-    from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device, resolve_dtype
-    from peraxis_tools.parameter_names import map_names
 
     if tuned.folder is None:
         raise ToolError(f"{tuned.tensors.label}: a fit on text needs the checkpoint's folder, with its tokenizer")
@@ -172,8 +178,8 @@ def _seconds(works: Sequence[StageWork], config: Any, text: Text, options: Compr
     import torch
 
     from peraxis_tools.compress.run.probe import probe_of
-    from peraxis_tools.products import fast_products
-    from peraxis_tools.threads import one_blas_thread
+    from peraxis_tools.process.products import fast_products
+    from peraxis_tools.process.threads import one_blas_thread
 
     with fast_products(), one_blas_thread():
         probe = probe_of(

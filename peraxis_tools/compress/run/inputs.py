@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from peraxis_format import DType, Safetensors, TensorInfo, __version__
-from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.environment import check_causal, load_config, load_tokenizer, resolve_device
+from peraxis_tools.checkpoints.vocabulary import check_ids
 from peraxis_tools.compress.calibration.parts import calibrating
 from peraxis_tools.compress.fit.moments.collector import Batch
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, Text
 from peraxis_tools.compress.plan.plan import Plan
-from peraxis_tools.environment import check_causal, load_config, load_tokenizer, resolve_device
 from peraxis_tools.errors import ToolError
-from peraxis_tools.text import Ids, Samples, load_samples
-from peraxis_tools.vocabulary import check_ids
+from peraxis_tools.texts.samples import Ids, Samples, load_samples
 
 __all__ = [
     "GENERATED_TOGETHER",

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import size
 from peraxis_tools.errors import ToolError
-from peraxis_tools.notes import note
-from peraxis_tools.shown import size
 
 if TYPE_CHECKING:
     from peraxis_tools.compress.options import CompressOptions

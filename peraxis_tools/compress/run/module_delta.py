@@ -28,7 +28,7 @@ from peraxis_tools.compress.plan.finite import check_finite
 from peraxis_tools.compress.plan.plan import TABLES, PlannedModule
 from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
-from peraxis_tools.rows import restrict, row_blocks
+from peraxis_tools.deltas.rows import restrict, row_blocks
 
 __all__ = ["Written", "module_delta"]
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from peraxis_format import Axis, Component, DType, Encoding, from_float32
+from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 from peraxis_tools.compress.calibration.generate import draw_tokens
 from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.distill.losses import divergence
@@ -27,7 +28,6 @@ from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.plan.estimate import StageWork, Text, fit_operations
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.price import PRICED_ROWS, measured_errors
-from peraxis_tools.parameter_names import ParameterSlice
 
 __all__ = ["Probe", "probe_of", "warm_up"]
 

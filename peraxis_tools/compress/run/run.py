@@ -23,10 +23,9 @@ from peraxis_format import (
     ShapeError,
 )
 from peraxis_format import open as open_delta
-from peraxis_tools.assets import LEFT_BEHIND
-from peraxis_tools.blocks import count_blocks
-from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
-from peraxis_tools.completeness import note_missing
+from peraxis_tools.checkpoints.assets import LEFT_BEHIND
+from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.completeness import note_missing
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend, target_of
 from peraxis_tools.compress.plan.finite import check_pair_finite
@@ -40,16 +39,17 @@ from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.module_delta import Written, module_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
 from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
-from peraxis_tools.metadata_keys import CONFIG_KEY, DISTILLATION_KEY, REPORT_KEY
-from peraxis_tools.module_counts import count_encodings
-from peraxis_tools.notes import note
-from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_delta
-from peraxis_tools.parallel import ordered_map
-from peraxis_tools.progress import Staged, StagedProgress, watched_stages
-from peraxis_tools.shown import counted
-from peraxis_tools.text import check_calibration
-from peraxis_tools.threads import one_blas_thread
+from peraxis_tools.deltas.blocks import count_blocks
+from peraxis_tools.deltas.metadata_keys import CONFIG_KEY, DISTILLATION_KEY, REPORT_KEY
+from peraxis_tools.deltas.module_counts import count_encodings
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.progress import Staged, StagedProgress, watched_stages
+from peraxis_tools.display.shown import counted
+from peraxis_tools.outputs.rules import claim_delta
+from peraxis_tools.process.optional import require
+from peraxis_tools.process.parallel import ordered_map
+from peraxis_tools.process.threads import one_blas_thread
+from peraxis_tools.texts.samples import check_calibration
 
 __all__ = ["CompressResult", "compress"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open
 from peraxis_tools.compress.plan.plan import Plan

@@ -30,9 +30,9 @@ import numpy as np
 
 from peraxis_format import Array, Axis, Component, atomic_file, raw_bytes
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
-from peraxis_tools.notes import note
-from peraxis_tools.shown import counted
-from peraxis_tools.threads import THREADS_MAX
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import counted
+from peraxis_tools.process.threads import THREADS_MAX
 
 __all__ = ["WorkFolder", "pack_modules", "unpack_modules"]
 

@@ -15,9 +15,9 @@ from typing import Final
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_tools.checkpoints.shards import TensorSpec, shard_header, write_tensor
 from peraxis_tools.convert.wires.patch import Patch, changed_words, checked_index, words_of
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.shards import TensorSpec, shard_header, write_tensor
 
 __all__ = ["IndexValueFile", "Packed", "is_index_value", "pack", "write"]
 

@@ -25,7 +25,7 @@ from peraxis_tools.convert.torch_files import check_plain, load_plain
 from peraxis_tools.convert.wires import zstd
 from peraxis_tools.convert.wires.patch import Patch, changed_words, checked_index
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.optional import require
+from peraxis_tools.process.optional import require
 
 __all__ = ["NemoFile", "Packed", "pack", "write"]
 

@@ -9,16 +9,16 @@ from typing import Final, Literal, TypeAlias
 
 import peraxis_format as pxd
 from peraxis_tools.chain.write import UpdateJob, UpdateResult, open_chain, write_update
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.derived import DerivedCheckpoint
 from peraxis_tools.convert.wires import zstd
 from peraxis_tools.convert.wires.index_value import IndexValueFile, is_index_value
 from peraxis_tools.convert.wires.nemo import NemoFile
 from peraxis_tools.convert.wires.patch import WireFile, patched
 from peraxis_tools.convert.wires.xor import XorFolder, index_metadata
-from peraxis_tools.derived import DerivedCheckpoint
+from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.outputs import claim_delta
-from peraxis_tools.progress import Progress, watched
+from peraxis_tools.outputs.rules import claim_delta
 
 __all__ = ["WIRES", "Wire", "WireName", "from_wire", "recognised"]
 

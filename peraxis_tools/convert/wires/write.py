@@ -11,15 +11,15 @@ from typing import Any, Final
 import peraxis_format as pxd
 from peraxis_format.errors import located
 from peraxis_tools.chain.write import open_chain
-from peraxis_tools.checkpoint import open_checkpoint
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.convert.wires import index_value, nemo, xor
 from peraxis_tools.convert.wires.read import WireName
-from peraxis_tools.delta_parts import refuse_part
+from peraxis_tools.deltas.parts import refuse_part
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.progress import Progress, watched
+from peraxis_tools.display.shown import listed
 from peraxis_tools.errors import ToolError
-from peraxis_tools.notes import note
-from peraxis_tools.outputs import claim_file, claim_folder
-from peraxis_tools.progress import Progress, watched
-from peraxis_tools.shown import listed
+from peraxis_tools.outputs.rules import claim_file, claim_folder
 
 __all__ = ["ToWireResult", "to_wire"]
 

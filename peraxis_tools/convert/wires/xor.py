@@ -23,9 +23,9 @@ import numpy as np
 import peraxis_format as pxd
 from peraxis_tools.convert.wires import zstd
 from peraxis_tools.convert.wires.patch import Patch, words_of
+from peraxis_tools.display.notes import note
 from peraxis_tools.errors import CheckFailedError, ToolError
-from peraxis_tools.folders import atomic_folder
-from peraxis_tools.notes import note
+from peraxis_tools.outputs.folders import atomic_folder
 
 __all__ = ["Packed", "XorFolder", "index_metadata", "pack", "write"]
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any, Final
 
 from peraxis_tools.errors import ToolError, first_line
-from peraxis_tools.optional import require
+from peraxis_tools.process.optional import require
 
 __all__ = ["MAGIC", "compress", "decompress"]
 

@@ -21,7 +21,7 @@ from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, grid_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.compress.plan.estimate import TABLE_TOKENS
 from peraxis_tools.compress.run.distributed import Processes
-from peraxis_tools.heap import trim_heap
+from peraxis_tools.process.heap import trim_heap
 
 __all__ = ["Batch", "MomentsCollector", "Side", "Text"]
 

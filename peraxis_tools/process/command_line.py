@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from peraxis_tools.interrupts import end_at_once, raise_interrupt, received
+from peraxis_tools.process.interrupts import end_at_once, raise_interrupt, received
 
 __all__ = ["Terminated", "drop_output", "drop_signals", "interrupt_behind", "prepared_process", "told_on_interrupt"]
 

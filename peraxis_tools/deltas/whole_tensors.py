@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.notes import note
-from peraxis_tools.shown import counted
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import counted
 
 __all__ = ["SAVING_MIN", "full_bytes", "note_whole"]
 

@@ -24,12 +24,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeAlias
 
 from peraxis_format.arguments import did_you_mean
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import OptionError, first_line
-from peraxis_tools.names import names_a_file
-from peraxis_tools.notes import note
-from peraxis_tools.quiet import quiet_datasets
-from peraxis_tools.shown import counted
-from peraxis_tools.text_faults import LineError, fault_of, json_rows, open_text, text_suffix
+from peraxis_tools.process.quiet import quiet_datasets
+from peraxis_tools.remote.names import names_a_file
+from peraxis_tools.texts.text_faults import LineError, fault_of, json_rows, open_text, text_suffix
 
 __all__ = ["Conversation", "Document", "check_text", "read_documents"]
 

@@ -21,13 +21,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from peraxis_tools.chat_template import Render, chat_template_of
-from peraxis_tools.documents import Conversation, Document, check_text, read_documents
-from peraxis_tools.encoding import token_ids
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import OptionError
-from peraxis_tools.names import names_a_file
-from peraxis_tools.notes import note
-from peraxis_tools.shown import counted
+from peraxis_tools.remote.names import names_a_file
+from peraxis_tools.texts.chat_template import Render, chat_template_of
+from peraxis_tools.texts.documents import Conversation, Document, check_text, read_documents
+from peraxis_tools.texts.encoding import token_ids
 
 __all__ = [
     "Ids",

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypeVar
 
 from peraxis_format import ASSET_PATH
+from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import printable_name
 from peraxis_tools.errors import ToolError
-from peraxis_tools.notes import note
-from peraxis_tools.shown import printable_name
 
 __all__ = [
     "LEFT_BEHIND",

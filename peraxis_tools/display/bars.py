@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, Protocol
 
-from peraxis_tools.consoles import shows_progress, standard_error
-from peraxis_tools.remaining import Remaining
-from peraxis_tools.shown import visible
+from peraxis_tools.display.consoles import shows_progress, standard_error
+from peraxis_tools.display.remaining import Remaining
+from peraxis_tools.display.shown import visible
 
 __all__ = ["Advance", "Stages", "progress"]
 

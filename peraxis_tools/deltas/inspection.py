@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import peraxis_format as pxd
-from peraxis_tools.kinds import KINDS, group_of, kind_of
+from peraxis_tools.checkpoints.kinds import KINDS, group_of, kind_of
 
 __all__ = ["ByteShare", "InspectResult", "ModuleLine", "GroupAxes", "inspect", "select", "summarise"]
 

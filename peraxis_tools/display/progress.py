@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final, TypeAlias
 
-from peraxis_tools import bars
+from peraxis_tools.display import bars
 
 __all__ = [
     "Progress",

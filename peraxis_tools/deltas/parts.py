@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import ToolError
-from peraxis_tools.progress import Progress, watched
 
 __all__ = ["is_part", "join_parts", "part_of", "refuse_part", "split"]
 

@@ -18,12 +18,12 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_file, hub_files, hub_name
+from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError, first_line
-from peraxis_tools.folders import scratch_folder
-from peraxis_tools.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, refusal, save_all
-from peraxis_tools.optional import missing, require
-from peraxis_tools.progress import ProgressOf, silent
-from peraxis_tools.urls import file_of, without_secrets
+from peraxis_tools.outputs.folders import scratch_folder
+from peraxis_tools.process.optional import missing, require
+from peraxis_tools.remote.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, refusal, save_all
+from peraxis_tools.remote.urls import file_of, without_secrets
 
 __all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable", "refuse_closed"]
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from peraxis_format import is_stream, name_lock, remove_leftovers
+from peraxis_tools.display.notes import note
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import refuse_folder
-from peraxis_tools.notes import note
-from peraxis_tools.process import told_on_interrupt
-from peraxis_tools.standard_streams import claim_stream, refuse_notes, same_stream
+from peraxis_tools.outputs.folders import refuse_folder
+from peraxis_tools.outputs.standard_streams import claim_stream, refuse_notes, same_stream
+from peraxis_tools.process.command_line import told_on_interrupt
 
 __all__ = [
     "Inputs",

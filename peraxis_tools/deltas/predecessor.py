@@ -9,7 +9,7 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_format.errors import base_advice, previous_advice
-from peraxis_tools.shown import listed
+from peraxis_tools.display.shown import listed
 
 __all__ = ["advise", "predecessor_named"]
 

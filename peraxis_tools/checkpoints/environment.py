@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from peraxis_tools.config_bounds import check_config_bounds
-from peraxis_tools.encoding import tokenizer_errors
+from peraxis_tools.checkpoints.config_bounds import check_config_bounds
+from peraxis_tools.checkpoints.tokenizer_growth import check_growth
 from peraxis_tools.errors import OptionError, ToolError, first_line
-from peraxis_tools.tokenizer_growth import check_growth
+from peraxis_tools.texts.encoding import tokenizer_errors
 
 __all__ = ["check_causal", "load_config", "load_tokenizer", "parse_config", "resolve_device", "resolve_dtype"]
 

@@ -10,7 +10,7 @@ import re
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.metadata_keys import CONFIG_KEY
+from peraxis_tools.deltas.metadata_keys import CONFIG_KEY
 
 __all__ = ["calibration_text"]
 

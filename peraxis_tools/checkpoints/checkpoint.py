@@ -12,11 +12,11 @@ from typing import Any, Final
 from peraxis_format import CheckpointError, Identity, PxdError, Safetensors
 from peraxis_format import open as pxd_open
 from peraxis_format.hub import hub_errors, hub_reason
-from peraxis_tools.assets import FolderAssets, find_assets
+from peraxis_tools.checkpoints.assets import FolderAssets, find_assets
+from peraxis_tools.display.notes import note
 from peraxis_tools.errors import ToolError
-from peraxis_tools.names import HUB_NAME, names_a_file
-from peraxis_tools.notes import note
-from peraxis_tools.optional import require
+from peraxis_tools.process.optional import require
+from peraxis_tools.remote.names import HUB_NAME, names_a_file
 
 __all__ = ["Checkpoint", "is_delta", "open_checkpoint", "parse_identity", "refuse_swapped", "with_revision"]
 

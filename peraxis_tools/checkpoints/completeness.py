@@ -13,9 +13,9 @@ from collections.abc import Collection
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.display.notes import note
 from peraxis_tools.errors import CheckFailedError
-from peraxis_tools.notes import note
 
 __all__ = ["has_vocabulary", "is_update", "note_borrowed", "note_missing", "refuse_foreign", "takes_tokenizer"]
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from peraxis_tools.arguments import refuse_idle, sequence
+from peraxis_tools.display.progress import Progress, stages_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, first_line
-from peraxis_tools.folders import scratch_folder
-from peraxis_tools.optional import require
-from peraxis_tools.outputs import claim_file
-from peraxis_tools.progress import Progress, stages_of
+from peraxis_tools.outputs.folders import scratch_folder
+from peraxis_tools.outputs.rules import claim_file
+from peraxis_tools.process.optional import require
 
 __all__ = ["SignResult", "check_signature", "sign", "signature_path"]
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from peraxis_tools.process_context import ProcessContext
+from peraxis_tools.process.process_context import ProcessContext
 
 __all__ = ["fast_products"]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
-from peraxis_tools.process_context import ProcessContext
+from peraxis_tools.process.process_context import ProcessContext
 
 __all__ = ["THREADS_MAX", "limit_torch", "one_blas_thread", "pool_size", "threads_asked_for", "use_threads"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from peraxis_tools.shown import visible
+from peraxis_tools.display.shown import visible
 
 __all__ = ["LOGGER", "note"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from peraxis_tools.notes import note
+from peraxis_tools.display.notes import note
 
 __all__ = ["hush_hub", "quiet_datasets", "quiet_transformers"]
 

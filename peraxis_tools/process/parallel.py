@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from peraxis_tools.threads import pool_size
+from peraxis_tools.process.threads import pool_size
 
 __all__ = ["balanced_map", "ordered_map"]
 

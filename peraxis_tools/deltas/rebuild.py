@@ -12,11 +12,11 @@ from typing import Final
 
 import peraxis_format as pxd
 from peraxis_format.errors import BindingError, located
-from peraxis_tools.assets import asset_group
-from peraxis_tools.checkpoint import Checkpoint
-from peraxis_tools.completeness import has_vocabulary, is_update, takes_tokenizer
-from peraxis_tools.parallel import ordered_map
-from peraxis_tools.shards import TensorSpec
+from peraxis_tools.checkpoints.assets import asset_group
+from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.completeness import has_vocabulary, is_update, takes_tokenizer
+from peraxis_tools.checkpoints.shards import TensorSpec
+from peraxis_tools.process.parallel import ordered_map
 
 __all__ = ["assets_of", "checkpoint_bytes", "payload_first", "rebuild", "rebuild_all", "tensor_specs"]
 

@@ -14,12 +14,12 @@ from typing import Any
 from peraxis_format.create_remote import create_remote, replace_remote
 from peraxis_format.hub import hub_name
 from peraxis_tools.errors import ToolError
-from peraxis_tools.folders import scratch_folder
-from peraxis_tools.http_reads import is_http
-from peraxis_tools.optional import require
-from peraxis_tools.outputs import Inputs, claim_delta, made_folder
-from peraxis_tools.remote import hub_form, is_remote, patience, readable
-from peraxis_tools.urls import file_of, without_secrets
+from peraxis_tools.outputs.folders import scratch_folder
+from peraxis_tools.outputs.rules import Inputs, claim_delta, made_folder
+from peraxis_tools.process.optional import require
+from peraxis_tools.remote.files import hub_form, is_remote, patience, readable
+from peraxis_tools.remote.http_reads import is_http
+from peraxis_tools.remote.urls import file_of, without_secrets
 
 __all__ = ["names_beside", "output_file", "refuse_replaced_url"]
 

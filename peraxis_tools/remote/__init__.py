@@ -1,0 +1,1 @@
+"""Files at URLs and on the hub."""

@@ -1,0 +1,1 @@
+"""Texts from users: documents, chat templates, and samples of tokens."""
