@@ -1,6 +1,6 @@
 """Output files at a URL: written locally first, then sent; they get their name when they are complete.
 
-The rules for outputs (outputs.py) hold here too: an output never replaces an input, and another file only with
+The rules for outputs (rules.py) hold here too: an output never replaces an input, and another file only with
 `overwrite`. A file:// URL is the path that it names, so all of them are checked.
 """
 
@@ -53,7 +53,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs) -> Itera
 
 
 def refuse_replaced_url(output: str | Path, inputs: Inputs) -> None:
-    """Raise ToolError if an output is at the URL of an input. Paths are compared by outputs.py."""
+    """Raise ToolError if an output is at the URL of an input. Paths are compared by rules.py."""
     if not is_remote(output) or file_of(output) is not None:
         return
     wanted = _identity(str(output))
