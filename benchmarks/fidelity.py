@@ -95,9 +95,8 @@ def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Bench
     )
     merged = {domain.domain: domain.candidates["merged"] for domain in found.domains}
     shown = ", ".join(f"{name} {its.kl:.4g}" for name, its in merged.items())
-    sys.stderr.write(
-        f"{label}: {found.bytes} bytes, KL {shown}, {run['seconds']:.0f} s\n"
-    )  # long runs want a sign of life
+    # print each result at once, because a run takes hours
+    sys.stderr.write(f"{label}: {found.bytes} bytes, KL {shown}, {run['seconds']:.0f} s\n")
     bench.add(
         label,
         Timing((run["seconds"],)),

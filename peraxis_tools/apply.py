@@ -105,7 +105,10 @@ def apply(
 
 
 def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:
-    """Refuse a checkpoint that is much larger than what it is made of, because of tied tensors. read: bytes."""
+    """Refuse a checkpoint whose tied tensors would make it much larger than base and delta together.
+
+    read: the bytes of base and delta.
+    """
     size = checkpoint_bytes(file.manifest)
     if size > _REPEATS * read + _SMALL:
         raise ToolError(

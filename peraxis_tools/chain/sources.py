@@ -24,8 +24,8 @@ def local_updates(
 ) -> Iterator[list[Path]]:
     """Yield local paths of updates: files, and for a folder (a path, a URL, a repository) every .pxd in it.
 
-    Files that replace others (anchors and folded updates) are left out. output: a URL that must be none of the others';
-    those that are paths are compared later (outputs/rules.py). Copies of remote files are removed at the end. Raises
+    Files that replace others (anchors and folded updates) are left out. output: the output's URL, which must not be the
+    URL of an input. Paths are compared in outputs/rules.py. Copies of remote files are removed at the end. Raises
     ToolError for a folder of other files, CheckpointError.
     """
     with contextlib.ExitStack() as stack:

@@ -84,7 +84,7 @@ def with_groups(before: Mapping[str, T], own: Mapping[str, T]) -> dict[str, T]:
 def changed_groups(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files of `after` in each group that differs from that of `before`, in path order.
 
-    A note names the files of a group that `after` has not at all, because a delta cannot say so.
+    If `after` has no file of a group, a note names the group's files: a delta cannot record a removal.
     """
     groups: dict[str, list[dict[str, bytes]]] = {}
     for side, files in enumerate((before, after)):
@@ -93,7 +93,7 @@ def changed_groups(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> d
     for old, new in groups.values():
         if old and not new:
             gone = ", ".join(sorted(old))
-            note(f"{gone}: not in the new state, which an update cannot say; apply keeps those of the old state")
+            note(f"{gone}: removed in the new state; an update cannot record this, so apply keeps the old files")
     changed = {path: data for old, new in groups.values() if old != new for path, data in new.items()}
     return dict(sorted(changed.items()))
 
@@ -161,7 +161,7 @@ def _outside(file: Path, folder: Path) -> Path | None:
 def find_assets(folder: Path) -> FolderAssets:
     """The files of this folder that a delta contains, and those that it leaves out but a model may need.
 
-    A folder without a file of the first kind is not a model's, so its files are no one's concern.
+    If none of its files is an asset, the folder is not a model's, and no file is listed as left out.
     """
     carried, left = [], []
     for path in _files(folder, {_TEMPLATES, *_pipeline_folders(folder)}):

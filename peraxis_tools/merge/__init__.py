@@ -38,7 +38,9 @@ _WEIGHT_MIN, _WEIGHT_MAX = 1e-6, 1e6
 _AHEAD_BYTES: Final = 128 << 20
 _INPUTS_KEY: Final = "peraxis.inputs"
 _MERGE_KEY: Final = "peraxis.merge"
-_WHOLE: Final = "a term of each is exact; to save more, apply this merge and compress the result"
+_WHOLE: Final = (
+    "at least one input stores each of them exactly; for a smaller file, apply this merge and compress the result"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

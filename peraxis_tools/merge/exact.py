@@ -94,7 +94,7 @@ def _mean(arrays: Sequence[pxd.Array], weights: Sequence[float], dtype: pxd.DTyp
     if all(pxd.raw_bytes(array) == pxd.raw_bytes(arrays[0]) for array in arrays[1:]):
         return arrays[0]
     total = math.fsum(weights)
-    # With weights of both signs a mean would be far outside of what it is the mean of.
+    # With weights of both signs, a weighted mean may lie far outside the range of its inputs.
     if not dtype.is_float or abs(total) <= SUM_MIN or min(weights) < 0.0 < max(weights):
         shown = ", ".join(f"{weight:g}" for weight in weights)
         raise ToolError(f"{name}: has rows that the base lacks, which have no mean with the weights {shown}")

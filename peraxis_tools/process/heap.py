@@ -16,10 +16,9 @@ _HUGE_PAGES: Final = "THP_MEM_ALLOC_ENABLE"  # torch takes large tensors from th
 def tune_process() -> None:
     """Let all threads share one heap, and return tensors above 8 MB at once, if the C library can (glibc).
 
-    By default glibc gives each thread a heap, where what one thread frees is of no use to another, and keeps freed
-    tensors between others, where no larger one fits. What is returned at once comes back as fresh pages, which take
-    less time if they are huge and the system has them. The settings stay until the process ends, so
-    a command calls this, before it imports torch, and a function does not.
+    By default glibc gives each thread its own heap, so memory that one thread frees is not reused by another, and it
+    keeps freed tensors in gaps that larger ones do not fit. Returned memory costs page faults later, fewer with huge
+    pages. The settings last until the process ends, so only a command calls this, before it imports torch.
     """
     os.environ.setdefault(_HUGE_PAGES, "1")
     tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

@@ -1,4 +1,4 @@
-"""Reads over HTTP that end where the request does.
+"""Read HTTP answers only up to the requested number of bytes.
 
 fsspec reads an answer whole, and unpacks it, before its length is checked: a server that ignores a range, that packs
 its answer, or that does not stop would fill the memory or the disk. Here an answer is read piece by piece, up to the

@@ -172,8 +172,8 @@ def load_samples(
     for source, read in zip(parsed, found, strict=True):
         if len(read) < length:
             note(
-                f"text {source.name}: has {counted(len(read), 'token')}, less than one sample of {length}; a result on "
-                "so little text says next to nothing"
+                f"text {source.name}: has {counted(len(read), 'token')}, less than one sample of {length}; this is too "
+                "little text for a meaningful result"
             )
     length = min(length, *map(len, found))
     arrays = [np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length) for ids in found]

@@ -128,7 +128,7 @@ def test_a_compacted_chain_that_returns_has_no_small_files(states: list[Path], t
 def test_a_group_that_is_gone_is_told(states: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bare = write_state(tmp_path / "bare", 9, CONFIG)
     update(states[0], bare, tmp_path / "u.pxd")
-    (told,) = (record.message for record in caplog.records if "not in the new state" in record.message)
+    (told,) = (record.message for record in caplog.records if "removed in the new state" in record.message)
     assert told.startswith("tokenizer.json, tokenizer_config.json: ")
 
 

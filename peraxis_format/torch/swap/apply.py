@@ -60,7 +60,7 @@ _LAST: Final[weakref.WeakKeyDictionary[torch.nn.Module, str]] = weakref.WeakKeyD
 
 @contextlib.contextmanager
 def _applied_already(target: Target, content_id: str) -> Iterator[None]:
-    """Say so in a BindingError if the model is no longer the base because it has this delta's result."""
+    """Add a remedy to the BindingError of a model to which this delta was applied before."""
     try:
         yield
     except BindingError as error:

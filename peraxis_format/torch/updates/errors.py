@@ -1,4 +1,4 @@
-"""The updates that a live model cannot take."""
+"""UpdateError, and the check that a file is an exact update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a checked update to a model that is whole, so that a failure on the way leaves no half of it.
+"""Write a checked update to an unsharded model; a write that fails is finished, not left half done.
 
 The old weights are gone once they are written, and a copy of them would take the memory of the changes. So a failed
 write is not reverted but finished: the place is noted, and the range that was being written is kept until it is.

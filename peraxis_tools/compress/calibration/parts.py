@@ -49,7 +49,7 @@ def halves(parts: Parts, *, crossed: bool) -> Halves:
 
 
 def calibrating(count: int, share: float) -> int:
-    """How many of the samples of a source calibrate: a share, at least one of them."""
+    """Return the number of samples of a source that calibrate: `share` of them, at least one."""
     return max(round(share * count), min(count, 1))
 
 

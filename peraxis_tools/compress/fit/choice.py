@@ -211,7 +211,7 @@ class _Trial:
 
 
 def _share_of_all(share: float, times: float) -> float:
-    """The share of the correction for so many times the tokens."""
+    """Return the share of the correction for `times` as many tokens (formula above)."""
     return times * share / (1.0 + (times - 1.0) * share)
 
 

@@ -128,8 +128,8 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], options: CompressOp
     sizes = [predicted_size(best, options) for best in bests]
     if target < sizes[1]:
         raise OptionError(
-            f"target too small: {target} bytes; the smallest possible is {sizes[1]}, with every tensor that allows it "
-            "as in the base, if every other one changed"
+            f"target too small: {target} bytes; the smallest possible file has {sizes[1]} bytes, if every tensor that "
+            "the format allows is stored as the base's"
         )
     choices, best, least = (
         (_with_a_mask(choices), bests[0], floors[0]) if target >= sizes[0] else (choices, bests[1], floors[1])

@@ -90,11 +90,19 @@ class Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageWork:
-    """One stage. memory: bytes beyond the imports; products: float32 operations of products; passes: tokens through a
-    layer; sums: (tokens, width) of each input whose moments are summed; steps: of generation, through `layers` layers;
-    fits: operations of fits; matrices: those that are fitted, (rows, width, masks) each; priced: weights whose price is
-    measured; builds, reductions: (weights, masks, times) of a matrix that distillation builds, and whose gradient it
-    reduces to those of its scales (distill/parametrization.py); losses: logits of a loss and of its gradient.
+    """The memory and the work of one stage.
+
+    memory: bytes beyond the imports.
+    products: float32 operations of products.
+    passes: tokens through a layer.
+    sums: (tokens, width) of each input whose moments are summed.
+    steps: steps of generation, through `layers` layers each.
+    fits: operations of fits.
+    matrices: (rows, width, masks) of each matrix that is fitted.
+    priced: weights whose price is measured.
+    builds: (weights, masks, times) of each matrix that distillation builds.
+    reductions: the same of each whose gradient it reduces to those of its scales (distill/parametrization.py).
+    losses: logits of a loss and of its gradient.
     """
 
     name: str

@@ -104,9 +104,7 @@ def _unchanged(module: PlannedModule, left: Array, right: Array) -> bool:
 
 
 def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
-    """[n, rows, d_in]: at most PRICED_ROWS rows of a matrix, in _PARTS parts, or of each of _PARTS matrices. Only they
-    are read.
-    """
+    """Read a sample, [n, rows, d_in]: PRICED_ROWS rows of one matrix in _PARTS ranges, or rows of _PARTS matrices."""
     count = kept_rows(module.shape, module.base_shape or module.shape)
     size = 1 if len(module.shape) > 2 else max(1, PRICED_ROWS // _PARTS)
     if count <= size * _PARTS:

@@ -1,4 +1,4 @@
-"""The memory of a fit on text beside that of the machine: one line before the work, as a killed run says nothing.
+"""Compare the memory of a fit on text with the machine's, before the work: a process that is killed prints no message.
 
 A fit on another device than a CPU is not checked.
 

@@ -41,8 +41,10 @@ _LOSS_TOKENS, _LOSS_LOGITS = 64, 1 << 15
 
 @dataclass(slots=True, kw_only=True)
 class Probe:
-    """Seconds: of a token in a layer, of a step of generation in a layer, of its head and draw, of a priced weight, of
-    the loss of a logit; operations a second.
+    """The measured costs of this machine.
+
+    token, step, draw, priced, loss: processor seconds for a token in a layer, a generation step in a layer, a step's
+    head and draw, a weight whose price is measured, and the loss of one logit. products: float32 operations per second.
     """
 
     token: float
@@ -57,7 +59,7 @@ class Probe:
     _trained: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def seconds(self, work: StageWork) -> float:
-        """Of one stage."""
+        """Return the processor seconds of a stage."""
         fits = sum(self.fit(*shape) for shape in work.matrices)
         if work.fits:
             fits += work.fits / (fit_operations(_WIDTH, _WIDTH, 1) / self.fit(_WIDTH, _WIDTH, 1))
@@ -70,7 +72,7 @@ class Probe:
         return forwards + sums + fits + steps + priced + builds + reductions
 
     def sum(self, width: int) -> float:
-        """Of adding one token's input to the moments."""
+        """Return the seconds to add one token's input to the moments."""
         if width not in self._sums:
             x, z = torch.randn(_TOKENS, width), torch.randn(_TOKENS, width)
             moments = Moments.zeros(width, paired=True, validates=True, grid=2.0**-30)
@@ -78,13 +80,13 @@ class Probe:
         return self._sums[width]
 
     def trained(self, masks: int) -> tuple[float, float]:
-        """Of building a weight of distillation, and of reducing its gradient."""
+        """Return the seconds to build one weight for distillation, and to reduce its gradient."""
         if masks not in self._trained:
             self._trained[masks] = _trained_seconds(masks)
         return self._trained[masks]
 
     def fit(self, rows: int, width: int, masks: int) -> float:
-        """Of the fit of one matrix."""
+        """Return the seconds to fit one matrix."""
         operations = fit_operations(rows, width, masks)
         if operations > _OPERATIONS and (rows, width, masks) != (_WIDTH, _WIDTH, 1):
             return operations / fit_operations(_WIDTH, _WIDTH, 1) * self.fit(_WIDTH, _WIDTH, 1)
@@ -94,7 +96,7 @@ class Probe:
 
 
 def probe_of(config: Any, text: Text, *, batch: int, sampled: torch.dtype, refine: bool) -> Probe:
-    """Measure. batch: samples in a batch; sampled: the dtype of generation."""
+    """Measure the costs of this machine. batch: samples in a batch; sampled: the dtype of generation."""
     tokens = max(1, min(batch, _TOKENS // text.length)) * text.length
     token = _layer_seconds(config, torch.float32, (tokens // text.length, text.length)) / tokens
     step = draw = 0.0
@@ -130,7 +132,7 @@ def warm_up() -> None:
 
 
 def _layer_seconds(config: Any, dtype: torch.dtype, shape: tuple[int, int]) -> float:
-    """Of the first layer on ids of this shape, beyond what is done once for all layers."""
+    """Return the seconds of the first layer on ids of this shape, without the work that all layers share."""
     model = LayerwiseModel(config, dtype=dtype, device=torch.device("cpu"))
     for name in model.layer_parameters(0):
         value = model.get(name)
@@ -148,7 +150,7 @@ def _layer_seconds(config: Any, dtype: torch.dtype, shape: tuple[int, int]) -> f
 
 
 def _draw_seconds(config: Any, dtype: torch.dtype, count: int) -> float:
-    """Of a step's logits and of drawing from them."""
+    """Return the seconds to compute a generation step's logits and to draw from them."""
     vocabulary, width = int(config.vocab_size), int(config.hidden_size)
     weight, x = torch.zeros(vocabulary, width, dtype=dtype), torch.randn(count, width).to(dtype)
 
@@ -159,7 +161,7 @@ def _draw_seconds(config: Any, dtype: torch.dtype, count: int) -> float:
 
 
 def _priced_seconds() -> float:
-    """Of pricing a weight: a BF16 matrix of a typical size."""
+    """Return the seconds to measure the price of one weight, in a BF16 matrix of a typical size."""
     shape = (PRICED_ROWS, _WIDTH)
     module = PlannedModule(
         name="any",
@@ -179,7 +181,10 @@ def _priced_seconds() -> float:
 
 
 def _trained_seconds(masks: int) -> tuple[float, float]:
-    """Of building a weight with so many masks, and of reducing its gradient: a BF16 matrix of a typical size."""
+    """Return the seconds to build one weight with `masks` masks, and to reduce its gradient.
+
+    They are measured on a BF16 matrix of a typical size.
+    """
     draw = np.random.Generator(np.random.PCG64(0))
     component = Component(
         axis=Axis.ROW_COL,
@@ -201,7 +206,7 @@ def _trained_seconds(masks: int) -> tuple[float, float]:
 
 
 def _loss_seconds() -> float:
-    """Of the loss of a logit, with its gradient."""
+    """Return the seconds to compute the loss of one logit and its gradient."""
     shape = (_LOSS_TOKENS, _LOSS_LOGITS)
     target, logits = torch.randn(shape), torch.randn(shape, requires_grad=True)
     return _seconds(lambda: divergence(target, logits).backward()) / target.numel()

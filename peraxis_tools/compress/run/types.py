@@ -11,7 +11,7 @@ from peraxis_tools.compress.plan.plan import Plan
 
 __all__ = ["OPEN_STEPS", "FittedModule", "Fitting", "ModuleReport", "RunFit"]
 
-OPEN_STEPS: Final = 2  # steps of the stage `open` of a fit on text: the text is read, the models are mapped
+OPEN_STEPS: Final = 2  # the stage `open` of a fit on text has two steps: read the text, open the models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

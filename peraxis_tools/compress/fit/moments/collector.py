@@ -61,9 +61,10 @@ class Text:
         return any(batch.validation for batch in self.every)
 
     def enough_for(self, width: int) -> Text:
-        """A part of the text, of each kind the same share, that is enough for one fit of inputs of this width.
+        """Return a share of the batches, the same for the fit and for validation, with enough tokens for one fit of
+        this width.
 
-        It does not depend on the number of processes. Those that have none of it are idle.
+        The choice does not depend on the number of processes; a process without a chosen batch is idle.
         """
         share = min(1.0, TABLE_TOKENS * width / max(1, sum(batch.ids.numel() for batch in self.every)))
         chosen: set[int] = set()
