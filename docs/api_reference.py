@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args, get_type_hints
 
 import peraxis
+import peraxis_format
 from peraxis_format.torch.serve.api import Backend
 from peraxis_format.torch.swap.payload import Residency
 from peraxis_format.torch.swap.registry import BasePlace
@@ -94,6 +96,42 @@ def _parts() -> Iterator[str]:
     yield "\n## Results and options\n"
     for kind in _VALUES:
         yield _section(f"### {kind.__name__}", _fields(kind), kind)
+    yield "\n## Parts of results\n\nThe types of their fields, which a program receives and need not import:\n"
+    for kind in _parts_of(_VALUES):
+        shown = _members(kind) if issubclass(kind, Enum) else _fields(kind)
+        public = getattr(peraxis_format, kind.__name__, None) is kind
+        module = "peraxis_format" if public else kind.__module__
+        yield _section(f"### {kind.__name__}", f"from {module} import {kind.__name__}\n\n{shown}", kind)
+
+
+def _parts_of(kinds: Iterable[type]) -> list[type]:
+    """The dataclasses and enumerations in the fields of these classes, at any depth, in their order."""
+    found: dict[type, None] = {}
+    ahead = [part for kind in kinds for part in _held(kind)]
+    while ahead:
+        part = ahead.pop(0)
+        if part not in found and part not in _CLASSES:
+            found[part] = None
+            ahead += _held(part)
+    return list(found)
+
+
+def _held(kind: type) -> list[type]:
+    """The dataclasses and enumerations in the annotations of a dataclass's fields."""
+    if not dataclasses.is_dataclass(kind):
+        return []
+    ahead: list[Any] = list(get_type_hints(kind).values())
+    found = []
+    while ahead:
+        annotation = ahead.pop(0)
+        ahead += get_args(annotation)
+        if isinstance(annotation, type) and (dataclasses.is_dataclass(annotation) or issubclass(annotation, Enum)):
+            found.append(annotation)
+    return found
+
+
+def _members(kind: type[Enum]) -> str:
+    return "\n".join([f"{kind.__name__}:", *(f"    {member.name} = {member.value!r}" for member in kind)])
 
 
 def _object(kind: type) -> Iterator[str]:
