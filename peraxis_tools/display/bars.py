@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, Protocol
 
-from peraxis_tools.display.consoles import shows_progress, standard_error
+from peraxis_tools.display.consoles import console_of_bar, shows_progress
 from peraxis_tools.display.remaining import Remaining
 from peraxis_tools.display.shown import visible
 
@@ -34,7 +34,6 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
     if quiet or not shows_progress():
         yield lambda _: None
         return
-    console = standard_error()
     from rich import progress as bars
 
     columns: list[bars.ProgressColumn] = [bars.TextColumn("{task.description}", markup=False), bars.BarColumn()]
@@ -42,7 +41,7 @@ def progress(description: str, total: int | None, *, unit: str = "bytes", quiet:
         columns += [bars.TimeElapsedColumn()]
     else:
         columns += [bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn(), Remaining()]
-    with bars.Progress(*columns, console=console, transient=True) as bar:
+    with console_of_bar() as console, bars.Progress(*columns, console=console, transient=True) as bar:
         steps = _Steps(partial(bar.advance, bar.add_task(visible(description), total=total)))
         yield steps
         steps.flush()

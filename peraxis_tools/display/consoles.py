@@ -6,14 +6,19 @@ failed check, and whichever stream it was, standard output is discarded.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 from rich.console import Console
 
-__all__ = ["LEAST_WIDTH", "shows_progress", "standard_error", "standard_output"]
+__all__ = ["LEAST_WIDTH", "console_of_bar", "shows_progress", "standard_error", "standard_output"]
 
 LEAST_WIDTH: Final = 80  # columns that tables are laid out for
+
+
+_with_bar: list[Console] = []  # that of the bar which is shown first, or empty
 
 
 class _Output(Console):
@@ -36,7 +41,25 @@ def standard_output() -> Console:
 
 
 def standard_error() -> Console:
-    """A console for errors, notes and bars on standard error."""
+    """A console for errors and notes on standard error; that of a bar which is shown, so that they go above the bar."""
+    return _with_bar[0] if _with_bar else _errors()
+
+
+@contextlib.contextmanager
+def console_of_bar() -> Iterator[Console]:
+    """A console for a bar on standard error. Until the end `standard_error` returns it, if no other bar is shown."""
+    console = _errors()
+    first = not _with_bar
+    if first:
+        _with_bar.append(console)
+    try:
+        yield console
+    finally:
+        if first:
+            _with_bar.remove(console)
+
+
+def _errors() -> Console:
     return _Errors(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 

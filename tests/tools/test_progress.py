@@ -35,11 +35,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def on_terminal(folder: Path, *arguments: str) -> str:
+def on_terminal(folder: Path, *arguments: str, program: tuple[str, ...] = ("-m", "peraxis_tools")) -> str:
     """Return the text that the program writes to standard error on a terminal."""
     mine, its = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "peraxis_tools", *arguments],
+        [sys.executable, *program, *arguments],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=its,
@@ -58,6 +58,21 @@ def on_terminal(folder: Path, *arguments: str) -> str:
     os.close(mine)
     assert process.wait() in (0, 1), shown
     return shown.decode()
+
+
+def test_a_note_stands_on_a_line_of_its_own_above_the_bar(tmp_path: Path) -> None:
+    program = (
+        "from peraxis_tools.display.bars import progress\n"
+        "from peraxis_tools.report.console import print_note\n"
+        "with progress('check', 100) as step:\n"
+        "    step(10)\n"
+        "    print_note('note: one')\n"
+        "    with progress('inner', 100):\n"
+        "        print_note('note: two')\n"
+    )
+    shown = on_terminal(tmp_path, program=("-c", program))
+    for note in ("one", "two"):
+        assert f"\x1b[2Knote: {note}\r\n" in shown  # the line of the bar is cleared first
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 from collections.abc import Callable
@@ -68,8 +69,8 @@ def test_true_shows_a_bar_on_a_terminal_and_nothing_elsewhere(
     name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = io.StringIO()
-    terminal = lambda **_: Console(file=shown, force_terminal=True, width=80)  # noqa: E731
-    monkeypatch.setattr(bars, "standard_error", terminal)
+    terminal = contextlib.nullcontext(Console(file=shown, force_terminal=True, width=80))
+    monkeypatch.setattr(bars, "console_of_bar", lambda: terminal)
     monkeypatch.setattr(bars, "shows_progress", lambda: True)
     CALLS[name](inputs, tmp_path, True)
     stage = STAGES.get(name, name)
