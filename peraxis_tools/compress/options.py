@@ -24,6 +24,8 @@ __all__ = [
     "EMBEDDINGS",
     "EVERYTHING",
     "FITS",
+    "OF_DISTILLATION",
+    "OF_TEXT",
     "PREFER",
     "RECIPES",
     "SAMPLES_MOST",
@@ -40,7 +42,9 @@ SAMPLES_MOST: Final = 50
 EVERYTHING: Final = ".*"  # a value of `exact`
 _COMPUTE: Final = ("auto", "float32", "bfloat16", "float16")
 _LOSSES: Final = ("kl", "mse")
-_OF_DISTILLATION: Final = (
+# Options of the machine and the process; the bytes of the file do not depend on them.
+_NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
+OF_DISTILLATION: Final = (
     "distill_epochs",
     "distill_batch_size",
     "distill_lr",
@@ -48,7 +52,7 @@ _OF_DISTILLATION: Final = (
     "distill_full_lr",
     "distill_loss",
 )
-_OF_TEXT: Final = (
+OF_TEXT: Final = (
     "calibration",
     "distill_samples",
     "text_column",
@@ -59,11 +63,11 @@ _OF_TEXT: Final = (
     "batch_size",
     "seed",
     "compute_dtype",
-    *_OF_DISTILLATION,
+    *OF_DISTILLATION,
+    *_NOT_CONTENT,
 )
+"""The options that have no effect without a fit on text."""
 _RATE_MIN: Final = 1e-9
-# Options of the machine and the process; the bytes of the file do not depend on them.
-_NOT_CONTENT: Final = ("device", "resume", "hidden_limit", "logits_limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +183,9 @@ class CompressOptions:
     def _refuse_idle(self) -> None:
         """Raise OptionError for an option that is not at its default but has no effect with the others."""
         if self.resolved_fit == "none":
-            self._refuse(
-                (*_OF_TEXT, *_NOT_CONTENT), "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}"
-            )
+            self._refuse(OF_TEXT, "without a fit on text" if self.fit == "auto" else f"with fit {self.fit}")
         if not self.distill_samples:
-            self._refuse(_OF_DISTILLATION, "without distill_samples (--distill-samples)")
+            self._refuse(OF_DISTILLATION, "without distill_samples (--distill-samples)")
         if self.resolved_fit != "refined":
             self._refuse(("refine_rounds",), f"with fit {self.resolved_fit}")
         if self.exact == EVERYTHING:
