@@ -46,7 +46,7 @@ def _domain_title(domain: DomainResult) -> str:
 def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(titles):
-        table.add_column(title, justify="right" if i else "left", min_width=9 if i else 16)
+        table.add_column(title, justify="right" if i else "left", min_width=8 if i else 15)
     return table
 
 
