@@ -48,17 +48,16 @@ from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validat
 from peraxis_tools.compress.fit.rows import fit_used_rows, has_unused_rows
 from peraxis_tools.compress.fit.scalars import fit_scalars
 from peraxis_tools.compress.fit.scales import ComponentFit, round_scales_f16
+from peraxis_tools.compress.shared_sizes import TRIAL_ROWS
 
-__all__ = ["TRIAL_ROWS", "fit_matrices"]
+__all__ = ["fit_matrices"]
 
 _REFINED: Final = "refined"
 _SCALES: Final = "scales"
 _SCALAR: Final = "scalar"
 _NONE: Final = "none"
 _SAME: Final = "same"
-# A part of the rows and one round are enough to measure how much signs overfit to a text.
-TRIAL_ROWS: Final = 128
-_TRIAL_SWEEPS: Final = 2
+_TRIAL_SWEEPS: Final = 2  # one round of these is enough for a trial, as TRIAL_ROWS are
 _NOTES: Final = {
     _SCALES: "refined signs are worse than one scale on another text: scales alone",
     _SCALAR: "worse than one scale on another text: one scale",
