@@ -11,7 +11,6 @@ updates of a chain, as `apply` takes them: a sequence of these, or a folder of f
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from peraxis_tools.checkpoint import open_checkpoint, parse_identity, refuse_swa
 from peraxis_tools.completeness import has_vocabulary, note_borrowed, refuse_foreign
 from peraxis_tools.delta_parts import refuse_part
 from peraxis_tools.errors import CheckFailedError, ToolError, first_line
+from peraxis_tools.json_files import json_object
 from peraxis_tools.optional import require
 from peraxis_tools.progress import Progress, watched
 from peraxis_tools.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
@@ -106,8 +106,8 @@ def load_model(
         refuse_foreign(files[0], opened)
         note_borrowed(file, checkpoint)
         assets = dict(assets_of(file, checkpoint))
-        config = _object(assets, "config.json", label) or checkpoint.config()
-        generation = _object(assets, "generation_config.json", label)
+        config = _object_of(assets, "config.json", label) or checkpoint.config()
+        generation = _object_of(assets, "generation_config.json", label)
         state = {}
         names = file.manifest.names()
         for entry, array in rebuild_all(file, checkpoint.tensors):
@@ -130,17 +130,9 @@ def load_model(
     return loaded
 
 
-def _object(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any] | None:
+def _object_of(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any] | None:
     """The JSON object of an asset; None if there is no such asset. Raises ToolError for anything else."""
-    if name not in assets:
-        return None
-    try:
-        found = json.loads(assets[name])
-    except (ValueError, RecursionError) as error:
-        raise ToolError(f"{label}: its {name} is not JSON ({first_line(error)}); correct it") from None
-    if not isinstance(found, dict):
-        raise ToolError(f"{label}: its {name} is not a JSON object; correct it")
-    return found
+    return json_object(assets[name], f"{label}: its {name}") if name in assets else None
 
 
 def _refuse_random(missing: Collection[str], kind: type, label: str) -> None:
