@@ -17,7 +17,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.folders import scratch_folder
 from peraxis_tools.http_reads import is_http
 from peraxis_tools.optional import require
-from peraxis_tools.outputs import Inputs, claim_delta, made_folder
+from peraxis_tools.outputs import Inputs, claim_delta, exists_already, made_folder
 from peraxis_tools.remote import hub_form, is_remote, patience, readable
 from peraxis_tools.urls import file_of, without_secrets
 
@@ -43,7 +43,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs) -> Itera
     shown = without_secrets(url)
     with readable(url, done="written"):
         if system.exists(path) and not overwrite:
-            raise ToolError(f"{shown}: exists already; choose another output or pass overwrite (--overwrite)")
+            raise exists_already(shown)
     name = path.rpartition("/")[2]
     if not name:
         raise ToolError(f"{shown}: does not name a file")
@@ -111,4 +111,4 @@ def _send(system: Any, local: Path, path: str, url: str, *, overwrite: bool) -> 
         try:
             create_remote(system, local, path, url=shown)
         except FileExistsError:
-            raise ToolError(f"{shown}: exists already; choose another output or pass --overwrite") from None
+            raise exists_already(shown) from None

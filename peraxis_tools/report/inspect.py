@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from peraxis_tools.calibration_text import calibration_text
-from peraxis_tools.delta_parts import is_part, part_of
+from peraxis_tools.delta_parts import JOIN_PARTS, is_part, part_of
 from peraxis_tools.inspection import InspectResult, ModuleLine
 from peraxis_tools.kinds import axes_text
 from peraxis_tools.metadata_keys import DISTILLATION_KEY
@@ -59,7 +59,7 @@ def _summary(result: InspectResult, console: Console) -> None:
     console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
     part = part_of(manifest, result.path)
     if part is not None:
-        console.print(f"part         {part}; join the parts with `peraxis-tools merge`")
+        console.print(f"part         {part}; {JOIN_PARTS}")
     calibration = manifest.calibration
     if calibration is None:
         console.print("calibration  none")
