@@ -10,7 +10,7 @@ outside the layers, N tokens of text in samples of n, and d the width of the hid
     blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
     distill      the teacher, then its head, the base in the file's dtype, packed signs (and 4 bytes a trained sign),
                  activations and some logits of one sample, copies of the largest matrix
-    write        4 copies of the largest tensor (run.py)
+    write        4 copies of the largest tensor (run/delta_file.py)
 
 A probe (run/probe.py) turns the work into seconds: tokens that pass a layer, steps of generation, matrices that are
 fitted, weights that distillation builds and whose gradients it reduces, logits whose loss it computes, float32
@@ -56,7 +56,7 @@ _ACTIVATIONS: Final = 4  # values that a backward pass keeps of a token, for eac
 _TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and AdamW's two moments
 _LOGITS_COPIES: Final = 6
 _STEP_LOGITS_COPIES: Final = 3  # float32 copies of the logits of a step of generation
-_WRITE_COPIES: Final = 4  # float32 copies of the largest tensor (run.py)
+_WRITE_COPIES: Final = 4  # float32 copies of the largest tensor (run/delta_file.py)
 _BLOCK_COPIES: Final = 12  # float32 copies of the largest matrix of a block, while it is fitted
 _DISTILL_COPIES: Final = 3  # float32 copies of the largest matrix that distillation builds
 _KEPT_INPUTS: Final = 4  # for each input of a matrix: the teacher's, the student's, and as many that wait (passes.py)
