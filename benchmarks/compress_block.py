@@ -23,9 +23,10 @@ from typing import Any, Final
 import torch
 from harness import Benchmark, Timing
 
-from peraxis_tools.compress.fit.choice import TRIAL_ROWS, fit_matrices
+from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, Matrix
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
+from peraxis_tools.compress.shared_sizes import TRIAL_ROWS
 
 __all__ = ["SHAPES", "Block", "one_block"]
 

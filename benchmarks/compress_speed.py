@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fidelity_methods import FIT, METHODS, VALIDATE, Inputs, Written, run_method, tokens
 from harness import Benchmark, Result, Timing, arguments
@@ -29,16 +29,17 @@ from harness import Benchmark, Result, Timing, arguments
 __all__ = ["main", "write_deep_pair", "write_text"]
 
 _WORDS = "the model reads one line after the other and says what comes next in it"
+_SEED: Final = 0  # of the random weights
 
 
-def write_deep_pair(folder: Path, layers: int, *, width: int, seed: int = 0) -> tuple[Path, Path]:
+def write_deep_pair(folder: Path, layers: int, *, width: int) -> tuple[Path, Path]:
     """Write a random Llama and a slightly changed copy, with a byte tokenizer. Returns (base, fine-tuned)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.manual_seed(seed)
+    torch.manual_seed(_SEED)
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=width,

@@ -21,11 +21,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from harness import Benchmark, Timing, arguments
 
 __all__ = ["ModuleErrors", "fine_tune", "main", "module_errors"]
+
+_BATCH: Final = 8  # samples in a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +47,7 @@ class ModuleErrors:
         return self.kept or (self.ours < self.same and self.ours < self.bitdelta)
 
 
-def fine_tune(
-    base: Path, output: Path, ids: Any, *, rate: float, steps: int, length: int = 128, batch: int = 8
-) -> None:
+def fine_tune(base: Path, output: Path, ids: Any, *, rate: float, steps: int, length: int = 128) -> None:
     """Train every parameter of a checkpoint in BF16 and write the result to `output`. ids: int64 [tokens]."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +56,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        starts = torch.randint(len(ids) - length, (batch, 1), generator=generator)
+        starts = torch.randint(len(ids) - length, (_BATCH, 1), generator=generator)
         sample = ids[starts + torch.arange(length)]
         model(input_ids=sample, labels=sample).loss.backward()
         optimizer.step()

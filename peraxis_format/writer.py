@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -139,6 +139,20 @@ class DeltaWriter:
         self._align()
         self._write(data)
         self._assets.append((Asset(path=path, sha256=hashlib.sha256(data).hexdigest()), len(data)))
+
+    def add_rest(
+        self, *, tied: Iterable[tuple[str, str]], dropped: Iterable[str], assets: Iterable[tuple[str, bytes]]
+    ) -> None:
+        """Record what a checkpoint has beside its modules: `tie`, `drop` and `add_asset` for each.
+
+        tied: (name, alias). assets: (path, bytes); their order is that of the file.
+        """
+        for name, alias in tied:
+            self.tie(name, alias)
+        for name in dropped:
+            self.drop(name)
+        for path, data in assets:
+            self.add_asset(path, data)
 
     @property
     def base_digest(self) -> str:

@@ -7,7 +7,15 @@ from typing import ClassVar, Final
 
 from peraxis_format.errors import first_line
 
-__all__ = ["CheckFailedError", "NotVerifiableError", "OptionError", "ToolError", "error_line", "first_line"]
+__all__ = [
+    "CheckFailedError",
+    "NotVerifiableError",
+    "OptionError",
+    "ToolError",
+    "error_line",
+    "first_line",
+    "library_reason",
+]
 
 
 _HEAD: Final = 3000  # characters of a message that are shown: a name in a file may have millions
@@ -37,6 +45,14 @@ def _has_current_folder() -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def library_reason(error: BaseException) -> str:
+    """Why transformers could not load or use a file, on one line; with the error's type, unless the text is enough."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own (auto_map), which is never run"
+    line = first_line(error)
+    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
 class ToolError(Exception):

@@ -11,9 +11,8 @@ updates of a chain, as `apply` takes them: a sequence of these, or a folder of f
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -21,8 +20,15 @@ import peraxis_format as pxd
 from peraxis_tools.arguments import sequence
 from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
-from peraxis_tools.checkpoints.checkpoint import open_checkpoint, parse_identity, refuse_swapped, with_revision
+from peraxis_tools.checkpoints.checkpoint import (
+    Checkpoint,
+    open_checkpoint,
+    parse_identity,
+    refuse_swapped,
+    with_revision,
+)
 from peraxis_tools.checkpoints.completeness import has_vocabulary, note_borrowed, refuse_foreign
+from peraxis_tools.checkpoints.json_files import json_object
 from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
 from peraxis_tools.display.progress import Progress, watched
@@ -31,6 +37,7 @@ from peraxis_tools.errors import CheckFailedError, ToolError, first_line
 from peraxis_tools.process.optional import require
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 __all__ = ["Loaded", "PxdForCausalLM", "load", "load_model"]
@@ -82,12 +89,6 @@ def load_model(
     CheckFailedError, ToolError.
     """
     require("load_model", "torch", "transformers", extra="compress")
-    import torch
-    from transformers import GenerationConfig
-
-    from peraxis_format.ops.tensors import from_storage
-    from peraxis_tools.checkpoints.environment import parse_config
-
     named = _named(base) if delta is None else _named(delta, base)
     if "torch_dtype" in options:  # transformers' former name of dtype
         options.setdefault("dtype", options.pop("torch_dtype"))
@@ -106,41 +107,59 @@ def load_model(
         refuse_foreign(files[0], opened)
         note_borrowed(file, checkpoint)
         assets = dict(assets_of(file, checkpoint))
-        config = _object(assets, "config.json", label) or checkpoint.config()
-        generation = _object(assets, "generation_config.json", label)
-        state = {}
-        names = file.manifest.names()
-        for entry, array in rebuild_all(file, checkpoint.tensors):
-            tensor = from_storage(array, entry.dtype)
-            for name in names[entry.name]:
-                state[name] = tensor
-                step(tensor.nbytes)
-    options.setdefault("dtype", config.get("dtype", config.get("torch_dtype", torch.float32)))
+        config = _object_of(assets, "config.json", label) or checkpoint.config()
+        generation = _object_of(assets, "generation_config.json", label)
+        state = _state_of(file, checkpoint, step)
+    model = _build_model(config, state, options, label)
+    if generation is not None:
+        _set_generation(model, generation, label)
+    return model
+
+
+def _state_of(file: pxd.DeltaFile, checkpoint: Checkpoint, step: Callable[[int], None]) -> dict[str, Tensor]:
+    """The fine-tuned tensors by name; tied names have one tensor. step: called with the bytes of each name."""
+    from peraxis_format.ops.tensors import from_storage
+
+    state = {}
+    names = file.manifest.names()
+    for entry, array in rebuild_all(file, checkpoint.tensors):
+        tensor = from_storage(array, entry.dtype)
+        for name in names[entry.name]:
+            state[name] = tensor
+            step(tensor.nbytes)
+    return state
+
+
+def _build_model(
+    config: dict[str, Any], state: dict[str, Tensor], options: dict[str, Any], label: str
+) -> PreTrainedModel:
+    """The model of a config.json with these tensors. options: of from_pretrained; the dtype is that of the config."""
+    import torch
+
+    from peraxis_tools.checkpoints.environment import parse_config
+
+    dtype = config.get("dtype", config.get("torch_dtype", torch.float32))
+    options = {"dtype": dtype, **options, "output_loading_info": True}
     parsed = parse_config(config, label=label)
     # Use the class itself, because AutoModelForCausalLM.from_pretrained needs a folder.
     kind = _model_class(parsed, label)
     with _told(f"{label}: transformers cannot build its model"):
-        options["output_loading_info"] = True
         model, info = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
     _refuse_random(info["missing_keys"], kind, label)
-    if generation is not None:
-        with _told(f"{label}: its generation_config.json cannot be loaded"):
-            model.generation_config = GenerationConfig.from_dict(generation)
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    built: PreTrainedModel = model.eval()
+    return built
 
 
-def _object(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any] | None:
+def _set_generation(model: PreTrainedModel, values: dict[str, Any], label: str) -> None:
+    from transformers import GenerationConfig
+
+    with _told(f"{label}: its generation_config.json cannot be loaded"):
+        model.generation_config = GenerationConfig.from_dict(values)
+
+
+def _object_of(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, Any] | None:
     """The JSON object of an asset; None if there is no such asset. Raises ToolError for anything else."""
-    if name not in assets:
-        return None
-    try:
-        found = json.loads(assets[name])
-    except (ValueError, RecursionError) as error:
-        raise ToolError(f"{label}: its {name} is not JSON ({first_line(error)}); correct it") from None
-    if not isinstance(found, dict):
-        raise ToolError(f"{label}: its {name} is not a JSON object; correct it")
-    return found
+    return json_object(assets[name], f"{label}: its {name}") if name in assets else None
 
 
 def _refuse_random(missing: Collection[str], kind: type, label: str) -> None:

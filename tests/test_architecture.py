@@ -83,6 +83,7 @@ FORMAT = (
 )
 COMPRESS = (
     *(
+        "shared_sizes",
         "recipes",
         "option_values",
         "options",

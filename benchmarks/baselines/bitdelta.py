@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from baselines.distill import distill
@@ -10,15 +12,15 @@ from peraxis_format import Axis
 
 __all__ = ["bitdelta"]
 
+_EPOCHS: Final = 5
 
-def bitdelta(
-    pair: Pair, distill_ids: torch.Tensor | None, *, lr: float = 1e-4, epochs: int = 5
-) -> dict[str, SignedLinear]:
+
+def bitdelta(pair: Pair, distill_ids: torch.Tensor | None, *, lr: float = 1e-4) -> dict[str, SignedLinear]:
     """Return layer name -> module. distill_ids: int64 [samples, length]; None keeps the initial scalars."""
     modules = {
         name: SignedLinear.of(name, student.weight.detach().clone(), teacher.weight, Axis.TENSOR)
         for name, teacher, student in pair.linears()
     }
     if distill_ids is not None:
-        distill(pair, modules, distill_ids, lr=lr, epochs=epochs)
+        distill(pair, modules, distill_ids, lr=lr, epochs=_EPOCHS)
     return modules

@@ -8,7 +8,7 @@ A step takes one sample. The learning rate is constant. The teacher's logits are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch.nn.functional import mse_loss
 from baselines.pair import Pair
 
 __all__ = ["Trainable", "distill"]
+
+_SEED: Final = 0  # of the order of the samples
 
 
 class Trainable(Protocol):
@@ -30,13 +32,11 @@ class Trainable(Protocol):
         """float32 [d_out, d_in], differentiable in the parameters."""
 
 
-def distill(
-    pair: Pair, modules: Mapping[str, Trainable], ids: Tensor, *, lr: float, epochs: int, seed: int = 0
-) -> None:
+def distill(pair: Pair, modules: Mapping[str, Trainable], ids: Tensor, *, lr: float, epochs: int) -> None:
     """Train the parameters of `modules` (layer name -> module) in place. ids: int64 [samples, length]."""
     parameters = [parameter.requires_grad_(True) for module in modules.values() for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_SEED)
     for _ in range(epochs):
         for i in torch.randperm(len(ids), generator=generator).tolist():
             batch = ids[i : i + 1]

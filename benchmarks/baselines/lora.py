@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from baselines.distill import distill
 from baselines.pair import Pair
 
 __all__ = ["LowRank", "equal_rank", "lora", "truncated"]
+
+_LEARNING_RATE: Final = 1e-4
 
 
 @dataclass(slots=True)
@@ -52,14 +55,12 @@ def truncated(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (u[:, :rank] * root).contiguous(), (root[:, None] * vt[:rank]).contiguous()
 
 
-def lora(
-    pair: Pair, rank: int, distill_ids: Tensor | None, *, lr: float = 1e-4, epochs: int = 5
-) -> Mapping[str, LowRank]:
+def lora(pair: Pair, rank: int, distill_ids: Tensor | None, *, epochs: int = 5) -> Mapping[str, LowRank]:
     """Modules by the name of their layer. distill_ids: int64 [samples, length]; None: the decomposition alone."""
     modules = {}
     for name, teacher, student in pair.linears():
         base = student.weight.detach().clone()
         modules[name] = LowRank(base, *truncated(teacher.weight.detach() - base, rank))
     if distill_ids is not None:
-        distill(pair, modules, distill_ids, lr=lr, epochs=epochs)
+        distill(pair, modules, distill_ids, lr=_LEARNING_RATE, epochs=epochs)
     return modules

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from peraxis_tools.process.quiet import quiet_transformers
 from peraxis_tools.texts.samples import Samples, load_samples
 
 __all__ = ["Pair", "SignedLinear", "load_pair", "read_samples", "write_pxd"]
+
+_SEED: Final = 0  # of the order of documents
 
 
 @dataclass(slots=True)
@@ -94,9 +96,9 @@ def load_pair(base: Path, fine_tuned: Path) -> Pair:
     return pair
 
 
-def read_samples(fine_tuned: Path, source: Path, *, samples: int, length: int, seed: int = 0) -> Samples:
+def read_samples(fine_tuned: Path, source: Path, *, samples: int, length: int) -> Samples:
     """Read samples with the code of `compress`: the first 50 of 150 samples are those that `compress` fits on."""
-    return load_samples(str(source), load_tokenizer(fine_tuned), samples=samples, length=length, seed=seed)
+    return load_samples(str(source), load_tokenizer(fine_tuned), samples=samples, length=length, seed=_SEED)
 
 
 def write_pxd(

@@ -21,7 +21,7 @@ from peraxis_tools.process.parallel import ordered_map
 __all__ = ["Node", "below", "check_states"]
 
 _AHEAD_BYTES: Final = 512 << 20
-_HELD: Final = 3  # times a tensor's bytes: the old one, its update, and the new one
+_BYTES_IN_FLIGHT_PER_TENSOR: Final = 3  # times its own bytes: the old one, its update, and the new one
 
 
 class _Tensor:
@@ -87,7 +87,7 @@ def check_states(
     results = ordered_map(
         work,
         groups,
-        cost=lambda names: _HELD * sum(sizes.get(name, 0) for name in names),
+        cost=lambda names: _BYTES_IN_FLIGHT_PER_TENSOR * sum(sizes.get(name, 0) for name in names),
         budget=_AHEAD_BYTES,
         workers=workers,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.chain.order import Link, beside_chain, link_from
-from peraxis_tools.deltas.parts import is_part
+from peraxis_tools.deltas.parts import JOIN_PARTS, is_part
 from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.remote_output import refuse_replaced_url
@@ -59,7 +59,7 @@ def _link(path: Path, source: str | Path, count: int) -> Link:
         manifest = file.manifest
     state = f"{without_secrets(str(source))}: has {count} .pxd files, and {path.name}"
     if is_part(manifest):
-        raise ToolError(f"{state} is a part of a delta; join the parts with `peraxis-tools merge` first")
+        raise ToolError(f"{state} is a part of a delta; {JOIN_PARTS} first")
     if manifest.result is None:
         raise ToolError(f"{state} is not an update of a chain; name one file")
     return link_from(path, manifest)

@@ -37,7 +37,7 @@ __all__ = ["UpdateJob", "UpdateResult", "compact", "open_chain", "update", "writ
 
 _AHEAD_BYTES: Final = 512 << 20
 _PACKED_BLOCK: Final = 3 << 18  # bytes; each 3 bytes are whole elements of 4 or 6 bits
-_HELD: Final = 3  # times a tensor's bytes: the new one, the old one, and the written one
+_BYTES_IN_FLIGHT_PER_TENSOR: Final = 3  # times its own bytes: the new one, the old one, and the written one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,20 +225,15 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         for module, moved in ordered_map(
             lambda name: _module(job, name),
             names,
-            cost=lambda name: _HELD * job.new[name].size,
+            cost=lambda name: _BYTES_IN_FLIGHT_PER_TENSOR * job.new[name].size,
             budget=_AHEAD_BYTES,
         ):
             writer.add(module)
             blocks += count_blocks(module)
             changed += moved
             step(job.new[module.name].size)
-        for name, alias in tied:
-            writer.tie(name, alias)
-        for name in (*job.old, *job.old.foreign):
-            if name not in job.new:
-                writer.drop(name)
-        for path, data in job.assets.items():
-            writer.add_asset(path, data)
+        removed = [name for name in (*job.old, *job.old.foreign) if name not in job.new]
+        writer.add_rest(tied=tied, dropped=removed, assets=job.assets.items())
         writer.metadata[pxd.CHANGED_KEY] = str(changed)
         with own_turn(job.output):
             _prove(job, writer)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypeVar
 
 from peraxis_format import ASSET_PATH
+from peraxis_tools.checkpoints.json_files import json_object, json_value
 from peraxis_tools.display.notes import note
 from peraxis_tools.display.shown import printable_name
 from peraxis_tools.errors import ToolError
@@ -136,13 +137,8 @@ class FolderAssets:
 
 def _check_json(file: Path, data: bytes) -> None:
     """Raise ToolError unless the content is JSON, and an object in a configuration."""
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ToolError(f"{file}: not JSON ({reason}); correct it or move it out of the folder") from None
-    if asset_group(file.name) == "configuration" and not isinstance(found, dict):
-        raise ToolError(f"{file}: not a JSON object; correct it or move it out of the folder")
+    read = json_object if asset_group(file.name) == "configuration" else json_value
+    read(data, str(file), remedy="correct it or move it out of the folder")
 
 
 def _outside(file: Path, folder: Path) -> Path | None:

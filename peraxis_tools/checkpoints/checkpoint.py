@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from peraxis_format import CheckpointError, Identity, PxdError, Safetensors
 from peraxis_format import open as pxd_open
 from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_tools.checkpoints.assets import FolderAssets, find_assets
+from peraxis_tools.checkpoints.json_files import json_object
 from peraxis_tools.display.notes import note
 from peraxis_tools.errors import ToolError
 from peraxis_tools.process.optional import require
@@ -55,13 +55,7 @@ class Checkpoint:
         path = None if self.folder is None else self.folder / "config.json"
         if path is None or not path.is_file():
             raise ToolError(f"{self.tensors.label}: has no config.json beside it; pass the checkpoint's folder")
-        try:
-            config = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ToolError(f"{path}: not JSON ({error}); correct it") from None
-        if not isinstance(config, dict):
-            raise ToolError(f"{path}: not a JSON object; correct it")
-        return config
+        return json_object(path.read_bytes(), str(path))
 
     def close(self) -> None:
         """Close its files."""

@@ -13,7 +13,7 @@ import torch
 
 from peraxis_tools.checkpoints.config_bounds import check_config_bounds
 from peraxis_tools.checkpoints.tokenizer_growth import check_growth
-from peraxis_tools.errors import OptionError, ToolError, first_line
+from peraxis_tools.errors import OptionError, ToolError, first_line, library_reason
 from peraxis_tools.texts.encoding import tokenizer_errors
 
 __all__ = ["check_causal", "load_config", "load_tokenizer", "parse_config", "resolve_device", "resolve_dtype"]
@@ -36,14 +36,7 @@ def load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a malformed file
-        raise ToolError(f"{folder}: its config.json cannot be loaded: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own (auto_map), which is never run"
-    line = first_line(error)
-    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
+        raise ToolError(f"{folder}: its config.json cannot be loaded: {library_reason(error)}") from None
 
 
 def parse_config(values: Mapping[str, Any], *, label: str) -> Any:

@@ -16,12 +16,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import peraxis_format as pxd
 from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import ToolError
 
-__all__ = ["is_part", "join_parts", "part_of", "refuse_part", "split"]
+__all__ = ["JOIN_PARTS", "is_part", "join_parts", "part_of", "refuse_part", "split"]
+
+JOIN_PARTS: Final = "join the parts with `peraxis-tools merge`"  # the remedy where a whole delta is needed
 
 
 def is_part(manifest: pxd.Manifest) -> bool:
@@ -33,7 +36,7 @@ def refuse_part(manifest: pxd.Manifest, file: object) -> None:
     """Raise ToolError for a part, so that no verb treats it as a whole checkpoint."""
     part = part_of(manifest, file)
     if part is not None:
-        raise ToolError(f"{file}: is {part}; join the parts with `peraxis-tools merge` first")
+        raise ToolError(f"{file}: is {part}; {JOIN_PARTS} first")
 
 
 def part_of(manifest: pxd.Manifest, file: object) -> str | None:
@@ -99,13 +102,13 @@ def split(
                 if name in chosen:
                     writer.add(delta.load(name))
                     (progress or (lambda _: None))(delta.payload_bytes(name))
-            for name, alias in delta.manifest.tied:
-                if name in chosen:
-                    writer.tie(name, alias)
-            for name in delta.manifest.dropped:
-                writer.drop(name)
-            for asset in delta.manifest.assets if number == 0 else ():
-                writer.add_asset(asset.path, delta.asset(asset.path))
+            tied = [(name, alias) for name, alias in delta.manifest.tied if name in chosen]
+            assets = delta.manifest.assets if number == 0 else ()
+            writer.add_rest(
+                tied=tied,
+                dropped=delta.manifest.dropped,
+                assets=((asset.path, delta.asset(asset.path)) for asset in assets),
+            )
             writer.finish()
 
 
@@ -134,12 +137,8 @@ def join_parts(
             for name in names:
                 writer.add(owners[name].load(name))
                 step(owners[name].payload_bytes(name))
-            for pair in {pair for file in files for pair in file.manifest.tied}:
-                writer.tie(*pair)
-            for name in first.dropped:
-                writer.drop(name)
-            for path, data in _assets(files).items():
-                writer.add_asset(path, data)
+            tied = {pair for file in files for pair in file.manifest.tied}
+            writer.add_rest(tied=tied, dropped=first.dropped, assets=_assets(files).items())
             return writer.finish(), [file.content_id for file in files], writer.size
 
 

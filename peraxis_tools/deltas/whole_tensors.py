@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import peraxis_format as pxd
 from peraxis_tools.display.notes import note
@@ -14,9 +15,17 @@ __all__ = ["SAVING_MIN", "full_bytes", "note_whole"]
 SAVING_MIN: Final = 1.25  # the checkpoint's bytes divided by the file's, from which on a file saves enough
 
 
-def full_bytes(manifest: pxd.Manifest) -> int:
-    """The bytes of the tensors of the fine-tuned checkpoint."""
-    return sum(module.dtype.size_of(module.shape) for module in manifest.modules)
+class _Tensor(Protocol):
+    @property
+    def dtype(self) -> pxd.DType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def full_bytes(modules: Iterable[_Tensor]) -> int:
+    """The bytes of these modules in the fine-tuned checkpoint; tied tensors, which are one module, count once."""
+    return sum(module.dtype.size_of(module.shape) for module in modules)
 
 
 def note_whole(path: Path, manifest: pxd.Manifest, *, size: int, reason: str) -> None:
@@ -25,7 +34,7 @@ def note_whole(path: Path, manifest: pxd.Manifest, *, size: int, reason: str) ->
     reason: why they are whole, and what to do.
     """
     whole = [module for module in manifest.modules if module.encoding is pxd.Encoding.FULL]
-    most = 2 * sum(module.dtype.size_of(module.shape) for module in whole) > size
-    if most and full_bytes(manifest) < SAVING_MIN * size:
+    full = full_bytes(manifest.modules)
+    if 2 * full_bytes(whole) > size and full < SAVING_MIN * size:
         tensors = counted(len(whole), "tensor")
-        note(f"{path}: takes {size} of {full_bytes(manifest)} bytes, with {tensors} stored whole: {reason}")
+        note(f"{path}: takes {size} of {full} bytes, with {tensors} stored whole: {reason}")

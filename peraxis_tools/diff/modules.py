@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.kinds import axes_text, group_of
 from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
-from peraxis_tools.diff.packed import Moments, Packed, magnitude, moments, square
+from peraxis_tools.diff.packed import InnerProducts, Packed, inner_products, magnitude, square
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
 from peraxis_tools.diff.stream import checked_blocks, packed_components
 
@@ -26,7 +26,7 @@ _NEEDS_BASE = "stored exactly; pass base (--base) for its delta"
 class _Measure:
     """The measures of a pair of modules; None if unknown. scale: the mean |first component| of B divided by A's."""
 
-    moments: Moments | None = None
+    products: InnerProducts | None = None
     scale: float | None = None
     distance: float | None = None
     note: str | None = None
@@ -58,7 +58,7 @@ def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRow
         b.check(name)
         return _identical(a, name, base)
     measure = _measure(a, b, name, base)
-    found = measure.moments
+    found = measure.products
     norm_a = None if found is None else math.sqrt(found.square_a)
     return ModuleDiff(
         name=name,
@@ -82,7 +82,7 @@ def _identical(file: pxd.DeltaFile, name: str, base: BaseRows | None) -> ModuleD
         norm = math.sqrt(square(packed_components(file, name)))
     elif base is not None and has_delta(entry):
         module = file.load(name)
-        norm = math.sqrt(_dense_moments(module, module, base).square_a)
+        norm = math.sqrt(_dense_products(module, module, base).square_a)
     return ModuleDiff(
         name=name,
         group=group_of(name),
@@ -107,10 +107,10 @@ def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: Base
         return _Measure(note="of another shape" if a.shape != b.shape else "not of a float type")
     if pxd.Encoding.FULL not in (a.encoding, b.encoding):
         parts = packed_components(file_a, name), packed_components(file_b, name)
-        found = moments(*parts, checked_blocks(file_a, file_b, name) if streamed else None)
+        found = inner_products(*parts, checked_blocks(file_a, file_b, name) if streamed else None)
         return _Measure(found, _scale(*parts), math.sqrt(found.square_distance))
     if has_delta(a) and has_delta(b) and base is not None:
-        found = _dense_moments(_module(file_a, name), _module(file_b, name), base)
+        found = _dense_products(_module(file_a, name), _module(file_b, name), base)
         return _Measure(found, distance=math.sqrt(found.square_distance))
     note = _NEEDS_BASE if has_delta(a) and has_delta(b) else "has no base tensor"
     whole_a, whole_b = (_module(file, name) for file in (file_a, file_b))
@@ -162,7 +162,7 @@ def _square_difference(a: pxd.Array, dtype_a: pxd.DType, b: pxd.Array, dtype_b: 
     return total
 
 
-def _dense_moments(a: pxd.ModuleDelta, b: pxd.ModuleDelta, base: BaseRows) -> Moments:
+def _dense_products(a: pxd.ModuleDelta, b: pxd.ModuleDelta, base: BaseRows) -> InnerProducts:
     square_a = square_b = inner = 0.0
     for rows in row_blocks(a.covered):
         block_a = _flat(delta_rows(a, rows, base))
@@ -170,7 +170,7 @@ def _dense_moments(a: pxd.ModuleDelta, b: pxd.ModuleDelta, base: BaseRows) -> Mo
         square_a += float(block_a @ block_a)
         square_b += float(block_b @ block_b)
         inner += float(block_a @ block_b)
-    return Moments(square_a=square_a, square_b=square_b, inner=inner)
+    return InnerProducts(square_a=square_a, square_b=square_b, inner=inner)
 
 
 def _flat(block: NDArray[np.float32]) -> NDArray[np.float64]:

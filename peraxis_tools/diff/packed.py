@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.ops.mask_compare import Columns, differing
 
-__all__ = ["Block", "Moments", "Packed", "magnitude", "moments", "pack", "row_step", "square"]
+__all__ = ["Block", "InnerProducts", "Packed", "inner_products", "magnitude", "pack", "row_step", "square"]
 
 # Rows of two masks: U8 [rows, ceil(d_in/8)] each.
 Block: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -50,7 +50,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
+class InnerProducts:
     """||A||^2, ||B||^2 and <A, B> of one module's two deltas.
 
     agreement: the share of weights with the same sign in the first masks; None if a side has no mask.
@@ -145,13 +145,13 @@ def square(components: Sequence[Packed]) -> float:
     return own + 2.0 * math.fsum(_inner(a, b)[0] for a, b in itertools.combinations(components, 2))
 
 
-def moments(a: Sequence[Packed], b: Sequence[Packed], blocks: Iterable[Block] | None = None) -> Moments:
+def inner_products(a: Sequence[Packed], b: Sequence[Packed], blocks: Iterable[Block] | None = None) -> InnerProducts:
     """The inner products of two sums of components over the same covered shape.
 
     blocks: the rows of both masks, if each side has one component and the caller reads them.
     """
     products = [_inner(x, y, blocks) for x, y in itertools.product(a, b)]
-    return Moments(
+    return InnerProducts(
         square_a=square(a),
         square_b=square(b),
         inner=math.fsum(inner for inner, _ in products),

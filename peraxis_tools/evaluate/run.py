@@ -6,6 +6,7 @@ Memory: two models (the fine-tuned one, and one candidate at a time) and the log
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -35,6 +36,23 @@ if TYPE_CHECKING:
 __all__ = ["EvaluationDType", "evaluate", "worst_kl"]
 
 EvaluationDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The options of `evaluate`. lenient: leave out, with a note, a candidate that transformers cannot hold."""
+
+    sequence_length: int
+    samples: int
+    batch_size: int
+    seed: int
+    compute_dtype: str
+    candidates: Sequence[str]
+    lenient: bool
+    tasks: Sequence[str]
+    task_limit: int | None
+    task_path: Path | None
+    text_column: str | None
 
 
 def evaluate(
@@ -68,25 +86,26 @@ def evaluate(
     pass. seed: of the order of documents. progress: called with (stage, done, total), or True for bars.
     Raises ToolError, PxdError, CheckpointError.
     """
-    lenient = candidates is None
-    candidates, tasks = sequence(CANDIDATES if candidates is None else candidates), sequence(tasks)
-    task_path = None if task_path is None else Path(task_path)
-    _check_asked(texts, tasks, candidates)
-    if not tasks:
-        refuse_idle("without tasks", task_limit=task_limit, task_path=task_path)
-    if not texts:
-        refuse_idle("without texts", text_column=text_column)
-    check_choice("compute_dtype", compute_dtype, get_args(EvaluationDType))
-    _check_counts(
-        sequence_length=sequence_length, samples=samples, batch_size=batch_size, task_limit=task_limit, seed=seed
+    options = _Options(
+        sequence_length=sequence_length,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        compute_dtype=compute_dtype,
+        candidates=sequence(CANDIDATES if candidates is None else candidates),
+        lenient=candidates is None,
+        tasks=sequence(tasks),
+        task_limit=task_limit,
+        task_path=None if task_path is None else Path(task_path),
+        text_column=text_column,
     )
+    _check_arguments(texts, options)
     refuse_swapped(fine_tuned, delta)
     refuse_swapped(base, delta)
     require("an evaluation", "torch", "transformers", "datasets", extra="compress")
-    if tasks:
+    if options.tasks:
         require("--tasks", "lm_eval")
     from peraxis_tools.checkpoints.environment import resolve_device
-    from peraxis_tools.evaluate.models import check_model, check_tokens, load_tokenizer
     from peraxis_tools.process.products import fast_products
     from peraxis_tools.process.quiet import quiet_transformers
 
@@ -101,20 +120,10 @@ def evaluate(
             base_revision=base_revision,
             fine_tuned_revision=fine_tuned_revision,
         )
-        sequence_length = check_model(fine_tuned, length=sequence_length, revision=fine_tuned_revision)
-        tokenizer = load_tokenizer(fine_tuned, revision=fine_tuned_revision)
-        sampled = {
-            domain: load_samples(
-                str(source), tokenizer, samples=samples, length=sequence_length, seed=seed, text_column=text_column
-            )
-            for domain, source in texts.items()
-        }
-        check_tokens(fine_tuned, (text.ids for text in sampled.values()), revision=fine_tuned_revision)
+        tokenizer, sampled = _sampled_texts(texts, fine_tuned, options, revision=fine_tuned_revision)
         with fast_products():
-            found = _compare_all(models, tokenizer, sampled, candidates, batch_size, step, lenient=lenient)
-        results: tuple[TaskResult, ...] = ()
-        if tasks:
-            results = run_tasks(models.load, tokenizer, tasks, limit=task_limit, path=task_path, batch_size=batch_size)
+            found = _compare_all(models, tokenizer, sampled, options, step)
+        results = _run_tasks(models, tokenizer, options) if options.tasks else ()
         calibration = file.manifest.calibration
         return EvaluateResult(
             base=str(base),
@@ -127,20 +136,58 @@ def evaluate(
         )
 
 
-def _check_asked(texts: Mapping[str, str | Path], tasks: Sequence[str], candidates: Sequence[str]) -> None:
+def _check_arguments(texts: Mapping[str, str | Path], options: _Options) -> None:
+    """Raise ToolError for arguments that are wrong, or that do nothing."""
     check_mapping("texts", texts, "{'chat': 'held-out.jsonl'}")
-    for candidate in candidates:
+    for candidate in options.candidates:
         check_choice("candidates", candidate, CANDIDATES)
     check_texts(texts.values())
-    if not texts and not tasks:
+    if not texts and not options.tasks:
         raise ToolError("nothing to evaluate on; give texts (--text domain=file) or tasks (--tasks)")
-
-
-def _check_counts(*, sequence_length: int, seed: int, **counts: int | None) -> None:
-    check_least("sequence_length", sequence_length, 2)
+    if not options.tasks:
+        refuse_idle("without tasks", task_limit=options.task_limit, task_path=options.task_path)
+    if not texts:
+        refuse_idle("without texts", text_column=options.text_column)
+    check_choice("compute_dtype", options.compute_dtype, get_args(EvaluationDType))
+    check_least("sequence_length", options.sequence_length, 2)
+    counts = {"samples": options.samples, "batch_size": options.batch_size, "task_limit": options.task_limit}
     for name, value in counts.items():
         check_least(name, value, 1)
-    check_least("seed", seed, 0)
+    check_least("seed", options.seed, 0)
+
+
+def _sampled_texts(
+    texts: Mapping[str, str | Path], fine_tuned: str | Path, options: _Options, *, revision: str | None
+) -> tuple[Any, dict[str, Samples]]:
+    """The fine-tuned tokenizer, and the samples of each text. Raises ToolError if the model cannot take them."""
+    from peraxis_tools.evaluate.models import check_model, check_tokens, load_tokenizer
+
+    length = check_model(fine_tuned, length=options.sequence_length, revision=revision)
+    tokenizer = load_tokenizer(fine_tuned, revision=revision)
+    sampled = {
+        domain: load_samples(
+            str(source),
+            tokenizer,
+            samples=options.samples,
+            length=length,
+            seed=options.seed,
+            text_column=options.text_column,
+        )
+        for domain, source in texts.items()
+    }
+    check_tokens(fine_tuned, (text.ids for text in sampled.values()), revision=revision)
+    return tokenizer, sampled
+
+
+def _run_tasks(models: _Models, tokenizer: Any, options: _Options) -> tuple[TaskResult, ...]:
+    return run_tasks(
+        models.load,
+        tokenizer,
+        options.tasks,
+        limit=options.task_limit,
+        path=options.task_path,
+        batch_size=options.batch_size,
+    )
 
 
 def worst_kl(
@@ -195,13 +242,10 @@ def _compare_all(
     models: _Models,
     tokenizer: Any,
     sampled: Mapping[str, Samples],
-    candidates: Sequence[str],
-    batch_size: int,
+    options: _Options,
     progress: Staged,
-    *,
-    lenient: bool,
 ) -> dict[str, dict[str, Fidelity]]:
-    """domain -> candidate -> Fidelity. lenient: leave out, with a note, a candidate that transformers cannot hold."""
+    """domain -> candidate -> Fidelity."""
     import torch
 
     from peraxis_tools.evaluate.fidelity import compare
@@ -212,12 +256,12 @@ def _compare_all(
     if not sampled:
         return found
     reference = models.load("fine-tuned")
-    total, done = len(candidates) * len(sampled), 0
-    for candidate in candidates:
+    total, done = len(options.candidates) * len(sampled), 0
+    for candidate in options.candidates:
         try:
             model = models.load(candidate)
         except RenamedWeightError as error:
-            if not lenient:
+            if not options.lenient:
                 raise
             note(f"the candidate {candidate} is left out: {str(error).partition(';')[0]}")
             done += len(sampled)
@@ -226,7 +270,7 @@ def _compare_all(
         for domain, its in sampled.items():
             # A base with another vocabulary size has other logits, which cannot be compared.
             if model.config.get_text_config().vocab_size == reference.config.get_text_config().vocab_size:
-                batches = torch.from_numpy(its.ids).split(batch_size)
+                batches = torch.from_numpy(its.ids).split(options.batch_size)
                 fidelity = compare(reference, model, batches, special=special_ids(tokenizer))
                 found[domain][candidate] = readable(fidelity, tokenizer)
             done += 1

@@ -178,7 +178,7 @@ def _result(
         method=method,
         inputs=inputs,
         bytes=size,
-        full_bytes=full_bytes(manifest),
+        full_bytes=full_bytes(manifest.modules),
         masks_max=max(module.components for module in modules),
         error=relative_error(error, math.fsum(module.square_norm for module in modules)),
         modules=modules,
@@ -310,14 +310,10 @@ def _add_all(
 def _add_rest(writer: pxd.DeltaWriter, files: Sequence[pxd.DeltaFile], weights: Sequence[float]) -> None:
     """Add aliases and dropped names, and the assets of the input with the largest weight; note those that differ."""
     manifest = files[0].manifest
-    for name, alias in manifest.tied:
-        writer.tie(name, alias)
-    for name in manifest.dropped:
-        writer.drop(name)
     main = max(zip(files, weights, strict=True), key=lambda pair: pair[1])[0]
     taken = set(main.manifest.assets)
     odd = sorted({asset.path for file in files for asset in taken ^ set(file.manifest.assets)})
     if odd:
         note(f"{writer.path}: the inputs differ in {listed(odd)}; the small files of {main.path} are taken")
-    for asset in main.manifest.assets:
-        writer.add_asset(asset.path, main.asset(asset.path))
+    assets = ((asset.path, main.asset(asset.path)) for asset in main.manifest.assets)
+    writer.add_rest(tied=manifest.tied, dropped=manifest.dropped, assets=assets)

@@ -15,7 +15,7 @@ from peraxis_format.create_remote import create_remote, replace_remote
 from peraxis_format.hub import hub_name
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.folders import scratch_folder
-from peraxis_tools.outputs.rules import Inputs, claim_delta, made_folder
+from peraxis_tools.outputs.rules import Inputs, claim_delta, exists_already, made_folder
 from peraxis_tools.process.optional import require
 from peraxis_tools.remote.files import hub_form, is_remote, patience, readable
 from peraxis_tools.remote.http_reads import is_http
@@ -43,7 +43,7 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs) -> Itera
     shown = without_secrets(url)
     with readable(url, done="written"):
         if system.exists(path) and not overwrite:
-            raise ToolError(f"{shown}: exists already; choose another output or pass overwrite (--overwrite)")
+            raise exists_already(shown)
     name = path.rpartition("/")[2]
     if not name:
         raise ToolError(f"{shown}: does not name a file")
@@ -111,4 +111,4 @@ def _send(system: Any, local: Path, path: str, url: str, *, overwrite: bool) -> 
         try:
             create_remote(system, local, path, url=shown)
         except FileExistsError:
-            raise ToolError(f"{shown}: exists already; choose another output or pass --overwrite") from None
+            raise exists_already(shown) from None

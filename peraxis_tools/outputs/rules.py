@@ -33,6 +33,7 @@ __all__ = [
     "claim_file",
     "claim_files",
     "claim_folder",
+    "exists_already",
     "made_folder",
     "refuse_missing",
 ]
@@ -98,7 +99,12 @@ def _check_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs
             raise ToolError(f"{file}: is a folder; name a file")
         _refuse_replaced_input(file, known)
         if os.path.lexists(file) and not overwrite:
-            raise ToolError(f"{file}: exists already; choose another output or pass overwrite (--overwrite)")
+            raise exists_already(file)
+
+
+def exists_already(output: object) -> ToolError:
+    """Return the error for an output that exists. output: its path, or its URL without secrets."""
+    return ToolError(f"{output}: exists already; choose another output or pass overwrite (--overwrite)")
 
 
 @contextlib.contextmanager

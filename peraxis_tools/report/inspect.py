@@ -13,7 +13,7 @@ from peraxis_tools.checkpoints.kinds import axes_text
 from peraxis_tools.deltas.calibration_text import calibration_text
 from peraxis_tools.deltas.inspection import InspectResult, ModuleLine
 from peraxis_tools.deltas.metadata_keys import DISTILLATION_KEY
-from peraxis_tools.deltas.parts import is_part, part_of
+from peraxis_tools.deltas.parts import JOIN_PARTS, is_part, part_of
 from peraxis_tools.display.shown import times_smaller
 from peraxis_tools.report.console import size, text
 
@@ -59,7 +59,7 @@ def _summary(result: InspectResult, console: Console) -> None:
     console.print(f"             assets {size(result.asset_bytes)}, header and alignment {size(result.overhead_bytes)}")
     part = part_of(manifest, result.path)
     if part is not None:
-        console.print(f"part         {part}; join the parts with `peraxis-tools merge`")
+        console.print(f"part         {part}; {JOIN_PARTS}")
     calibration = manifest.calibration
     if calibration is None:
         console.print("calibration  none")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peraxis_tools.errors import ToolError, first_line
+from peraxis_tools.errors import ToolError, library_reason
 
 __all__ = ["token_ids", "tokenizer_errors"]
 
@@ -28,8 +28,4 @@ def tokenizer_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        line = first_line(error)
-        reason = line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
-        if "trust_remote_code" in str(error):
-            reason = "it needs code of its own (auto_map), which is never run"
-        raise ToolError(f"{what}: {reason}") from None
+        raise ToolError(f"{what}: {library_reason(error)}") from None

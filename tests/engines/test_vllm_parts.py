@@ -17,7 +17,7 @@ import peraxis_format as pf
 from peraxis_format.engines.vllm.assets import asset_folders, refuse_other_assets
 from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.bridge import Scratch
-from peraxis_format.engines.vllm.patches import add_terms, embedded, merged_parameter, merged_rows, patch_of
+from peraxis_format.engines.vllm.patches import add_components, embedded, merged_parameter, merged_rows, patch_of
 from peraxis_format.engines.vllm.source import open_delta
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.ops.tensors import storage_array
@@ -75,7 +75,7 @@ def test_sums_by_signs_are_within_the_bound_of_the_exact_product(weight: torch.T
     rows = torch.tensor([0, 3, 6])
     y = torch.nn.functional.linear(x, weight)
     before = y.clone()
-    add_terms(y, x, [(rows, [patch])])
+    add_components(y, x, [(rows, [patch])])
     terms, w, exact_x = torch.from_numpy(pf.dense_delta(module)).double(), weight.double(), x.double()
     exact = exact_x @ (w + terms).t()
     unit = 2.0**-8
@@ -90,10 +90,10 @@ def test_the_columns_of_ranks_add_up_to_the_whole(weight: torch.Tensor) -> None:
     module = module_of(weight, (pf.Axis.ROW_COL,))
     x = torch.randn(5, 44)
     whole, parts = torch.zeros(5, 24), torch.zeros(5, 24)
-    add_terms(whole, x, [(slice(0, 5), [patch_of(module, ((0, 24), (0, 44)), (0, 24))])])
+    add_components(whole, x, [(slice(0, 5), [patch_of(module, ((0, 24), (0, 44)), (0, 24))])])
     for left, right in ((0, 13), (13, 30), (30, 44)):
         piece = patch_of(module, ((0, 24), (left, right)), (0, 24))
-        add_terms(parts, x[:, left:right].contiguous(), [(slice(0, 5), [piece])])
+        add_components(parts, x[:, left:right].contiguous(), [(slice(0, 5), [piece])])
     assert torch.allclose(whole, parts, rtol=1e-5, atol=1e-6)
 
 

@@ -10,7 +10,15 @@ import torch
 from peraxis_format import Axis
 from peraxis_tools.compress.calibration.parts import halves, partition
 from peraxis_tools.compress.fit.choice import fit_matrices
-from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix, Matrix, dense, fit_terms, hessian_of, quadratic
+from peraxis_tools.compress.fit.fit import (
+    FitOptions,
+    FittedMatrix,
+    Matrix,
+    dense,
+    fit_components,
+    hessian_of,
+    quadratic,
+)
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
 
 D_OUT, D_IN = 40, 48
@@ -58,7 +66,7 @@ def scalar(texts: Sequence[torch.Tensor]) -> torch.Tensor:
     hessian = hessian_of(moments_of(torch.cat(list(texts))), signs=False)
     assert hessian is not None
     problem = quadratic(tuned - base + hessian.correction(tuned), hessian)
-    return dense(fit_terms(problem, Axis.TENSOR, FitOptions(refine=False)), base)
+    return dense(fit_components(problem, Axis.TENSOR, FitOptions(refine=False)), base)
 
 
 ALIKE = [inputs(800, seed=1, within=slice(0, 24)), inputs(300, seed=2, within=slice(0, 24))]
@@ -69,7 +77,7 @@ APART = [inputs(800, seed=1, within=slice(0, 24)), inputs(300, seed=2, within=sl
 @pytest.mark.parametrize("refine", [False, True])
 def test_no_text_is_worse_off_than_with_one_closed_form_scale(texts: list[torch.Tensor], refine: bool) -> None:
     base, _ = pair()
-    found = dense(fitted(texts, refine=refine).terms, base)
+    found = dense(fitted(texts, refine=refine).components, base)
     for x in texts:
         assert error_on(x, found) <= 1.001 * error_on(x, scalar(texts))
 
@@ -78,7 +86,7 @@ def test_signs_that_hold_on_another_text_are_kept() -> None:
     base, _ = pair()
     result = fitted(ALIKE)
     assert result.note == ""
-    assert error_on(ALIKE[1], dense(result.terms, base)) < 0.5 * error_on(ALIKE[1], scalar(ALIKE))
+    assert error_on(ALIKE[1], dense(result.components, base)) < 0.5 * error_on(ALIKE[1], scalar(ALIKE))
 
 
 def test_signs_that_follow_one_text_against_the_other_are_given_up_and_it_is_said() -> None:
@@ -129,7 +137,7 @@ def test_rows_that_the_text_does_not_use_follow_in_closed_form_and_the_used_ones
         statistics = Statistics(fit=moments_of(ALIKE[0]), validation=moments_of(ALIKE[1]), crossed=True)
         matrix = Matrix(base=base, fine_tuned=tuned, dtype=torch.float32, components=2, used=rows)
         result = fit_matrices([matrix], statistics=statistics, options=FitOptions())[0]
-        residual = tuned - base - dense(result.terms, base)
+        residual = tuned - base - dense(result.components, base)
         moments = moments_of(torch.cat(ALIKE))
         found[name] = [Validation(tuned[part], moments).error(residual[part]) for part in (used, ~used)]
         nothing = [Validation(tuned[part], moments).error((tuned - base)[part]) for part in (used, ~used)]

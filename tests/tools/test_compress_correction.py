@@ -61,6 +61,6 @@ def test_a_fit_beside_noise_alone_is_as_near_as_one_without_a_teacher() -> None:
             fit=moments(1, noise=noise, gain=1.0), validation=moments(2, noise=noise, gain=1.0), crossed=True
         )
         found = fit_matrices([its], statistics=statistics, options=FitOptions())[0]
-        return unseen.error(its.fine_tuned - its.base - dense(found.terms, its.base))
+        return unseen.error(its.fine_tuned - its.base - dense(found.components, its.base))
 
     assert error(0.01) <= 1.05 * error(0.0)

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from peraxis_format import CheckpointError, DType
 from peraxis_tools.cli import cli
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.plan.estimate import StageWork, Text, work_of
+from peraxis_tools.compress.plan.estimate import work_of
 from peraxis_tools.compress.plan.plan import plan
+from peraxis_tools.compress.plan.stage_work import SampleCounts, StageWork
 from peraxis_tools.compress.run.dry_run import estimate_run
 from tests.tools.compress_pairs import FEW, llama_config, llama_pair, write_pair, write_text
 
@@ -130,7 +131,9 @@ class _Tensor:
         self.shape, self.dtype = shape, DType.BF16
 
 
-def works(layers: int, text: Text, masks: int | Literal["auto"] = "auto", **given: float) -> dict[str, StageWork]:
+def works(
+    layers: int, text: SampleCounts, masks: int | Literal["auto"] = "auto", **given: float
+) -> dict[str, StageWork]:
     tensors = {"model.embed_tokens.weight": _Tensor(512, 64), "lm_head.weight": _Tensor(512, 64)}
     for i in range(layers):
         tensors[f"model.layers.{i}.self_attn.q_proj.weight"] = _Tensor(64, 64)
@@ -141,13 +144,13 @@ def works(layers: int, text: Text, masks: int | Literal["auto"] = "auto", **give
 
 
 def test_blocks_take_time_by_the_layer_and_memory_by_the_token() -> None:
-    text = Text(samples=8, generated=8, length=64, value_bytes=4)
+    text = SampleCounts(samples=8, generated=8, length=64, value_bytes=4)
     two, four = works(2, text), works(4, text)
     assert sorted(four["blocks"].matrices) == sorted(2 * two["blocks"].matrices)
     assert sorted(four["blocks"].sums) == sorted(2 * two["blocks"].sums)
     assert four["blocks"].passes == 2 * two["blocks"].passes
     assert four["blocks"].memory == two["blocks"].memory
-    longer = works(2, Text(samples=24, generated=8, length=64, value_bytes=4))
+    longer = works(2, SampleCounts(samples=24, generated=8, length=64, value_bytes=4))
     # Of one sample: hidden states of both sides; what q_proj and down_proj read, and what waits for them.
     states_and_inputs = 2 * 4 * 64 * 64 + 4 * 4 * 64 * (64 + 192)
     assert longer["blocks"].memory - two["blocks"].memory == 16 * states_and_inputs
@@ -155,14 +158,14 @@ def test_blocks_take_time_by_the_layer_and_memory_by_the_token() -> None:
 
 
 def test_nothing_is_said_of_stages_that_will_not_be() -> None:
-    found = works(2, Text(samples=8, generated=0, length=64, value_bytes=4))
+    found = works(2, SampleCounts(samples=8, generated=0, length=64, value_bytes=4))
     assert list(found) == ["plan", "table", "blocks", "write"]
     for masks in (1, 2):
-        assert "plan" not in works(2, Text(samples=8, generated=0, length=64, value_bytes=4), masks=masks)
+        assert "plan" not in works(2, SampleCounts(samples=8, generated=0, length=64, value_bytes=4), masks=masks)
 
 
 def test_trained_signs_take_the_bytes_of_their_latents() -> None:
-    from peraxis_tools.compress.distill.latents import BYTES_A_SIGN
+    from peraxis_tools.compress.shared_sizes import BYTES_A_SIGN
 
     signs = 2 * 512 * 64 + 2 * (64 * 64 + 64 * 192)
     assert _distill(distill_sign_lr=0.05) - _distill() == BYTES_A_SIGN * signs
@@ -170,18 +173,18 @@ def test_trained_signs_take_the_bytes_of_their_latents() -> None:
 
 def _distill(**options: float) -> int:
     """The memory of the stage distill for two layers with one mask in each tensor."""
-    text = Text(samples=8, generated=8, length=64, value_bytes=4, distilled=8)
+    text = SampleCounts(samples=8, generated=8, length=64, value_bytes=4, distilled=8)
     return works(2, text, masks=1, distill_samples=8, **options)["distill"].memory
 
 
 def test_generated_samples_take_the_memory_of_a_batch_and_calibrate_by_the_share_of_the_text() -> None:
-    few, many = (works(2, Text(samples=8, generated=n, length=64, value_bytes=4, together=16)) for n in (16, 64))
+    texts = (SampleCounts(samples=8, generated=n, length=64, value_bytes=4, together=16) for n in (16, 64))
+    few, many = (works(2, text) for text in texts)
     assert few["generate"].memory == many["generate"].memory
     assert few["generate"].steps * 4 == many["generate"].steps
     assert few["blocks"].passes < many["blocks"].passes
-    some = works(
-        2, Text(samples=8, generated=64, length=64, value_bytes=4, together=16, distilled=24), distill_samples=24
-    )
+    text = SampleCounts(samples=8, generated=64, length=64, value_bytes=4, together=16, distilled=24)
+    some = works(2, text, distill_samples=24)
     assert some["blocks"] == few["blocks"]  # a quarter of 64 samples
 
 
@@ -198,8 +201,8 @@ def test_a_distillation_builds_and_reduces_what_the_estimate_counts(
     options: dict[str, Any] = {**FEW, "masks": 2, "calibration": str(text), "distill_samples": 8, "held_out": 0.25}
     options["distill_epochs"] = 2
     force = options.pop("force")
-    for module, name in ((layerwise_model, "_LOGITS_BYTES"), (estimate, "_LOGITS")):
-        monkeypatch.setattr(module, name, 4 * llama_config().vocab_size * 5)
+    for module in (layerwise_model, estimate):
+        monkeypatch.setattr(module, "LOGITS_BYTES", 4 * llama_config().vocab_size * 5)
     foretold = []
     real = estimate.work_of
 

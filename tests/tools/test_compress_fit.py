@@ -21,7 +21,7 @@ from peraxis_tools.compress.fit.fit import (
     Matrix,
     Quadratic,
     dense,
-    fit_terms,
+    fit_components,
     hessian_of,
     quadratic,
 )
@@ -171,7 +171,7 @@ def test_compiled_and_plain_sign_steps_agree(compiler: str, components: int, mon
     results = []
     for backend in (compiler, "torch"):
         monkeypatch.setenv("PERAXIS_BACKEND", backend)
-        terms = fit_terms(found, Axis.ROW_COL, FitOptions(rounds=1, sweeps=2), components=components)
+        terms = fit_components(found, Axis.ROW_COL, FitOptions(rounds=1, sweeps=2), components=components)
         results.append(dense(terms, base))
     assert (torch.sign(results[0]) != torch.sign(results[1])).float().mean() < 1e-3
     torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-3)
@@ -187,8 +187,8 @@ def test_few_tokens_never_make_it_worse_than_no_text_at_all(tokens: int, refine:
     unseen = moments_of(x[tokens:], teacher[tokens:])
     nothing = Statistics(fit=moments_of(x[:0], teacher[:0]), validation=moments_of(x[:0], teacher[:0]))
     plain = fit_one(base, tuned, nothing, refine=refine)
-    ours = error_of(tuned - base - dense(fitted.terms, base), tuned, unseen)
-    none = error_of(tuned - base - dense(plain.terms, base), tuned, unseen)
+    ours = error_of(tuned - base - dense(fitted.components, base), tuned, unseen)
+    none = error_of(tuned - base - dense(plain.components, base), tuned, unseen)
     assert ours <= 1.02 * none
 
 
@@ -198,7 +198,7 @@ def test_more_masks_and_refined_signs_lower_the_held_out_error() -> None:
 
     def error(**changes: object) -> float:
         fitted = fit_one(base, tuned, statistics_of(x[:2000], teacher[:2000]), **changes)
-        found = error_of(tuned - base - dense(fitted.terms, base), tuned, unseen)
+        found = error_of(tuned - base - dense(fitted.components, base), tuned, unseen)
         # The reported error is of validation tokens, before the last rounds, so it is not below the true error.
         assert found / 2000 <= 1.1 * fitted.error
         return found
@@ -224,10 +224,10 @@ def test_a_delta_below_the_grid_of_the_dtype_is_left_out_rather_than_made_noise(
 def test_stored_components_rebuild_the_fitted_matrix(axis: Axis, transposed: bool) -> None:
     base, tuned, x, teacher = problem()
     fitted = fit_one(base, tuned, statistics_of(x, teacher), axes=(axis,), components=2)
-    components = components_of([fitted.terms], batch=(), transposed=transposed)
+    components = components_of([fitted.components], batch=(), transposed=transposed)
     stored = base.T.contiguous() if transposed else base
     rebuilt = apply_components(stored, components, torch.float32)
-    expected = base + dense(fitted.terms, base)
+    expected = base + dense(fitted.components, base)
     torch.testing.assert_close(rebuilt.T if transposed else rebuilt, expected, rtol=0, atol=1e-6)
     module = pxd.ModuleDelta(
         name="w",
@@ -297,10 +297,10 @@ def test_mostly_unchanged_weights_are_never_worse_than_the_base_or_one_scalar(sh
     fitted = fit_one(base, tuned, statistics, dtype=torch.bfloat16)
     delta = tuned - base
     scalar = torch.where(delta >= 0, 1.0, -1.0) * delta.abs().mean()
-    ours = error(dense(fitted.terms, base))
+    ours = error(dense(fitted.components, base))
     assert ours <= 1.02 * error(torch.zeros_like(base))
     assert ours <= error(scalar)
-    assert not fitted.terms or ours < 0.9 * error(torch.zeros_like(base))
+    assert not fitted.components or ours < 0.9 * error(torch.zeros_like(base))
 
 
 def low_rank_delta(rng: np.random.Generator, shape: tuple[int, ...], directions: int) -> np.ndarray:

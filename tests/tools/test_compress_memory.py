@@ -11,8 +11,8 @@ import torch
 
 from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.compress import CompressOptions, compress
-from peraxis_tools.compress.plan.estimate import StageWork
 from peraxis_tools.compress.plan.pair_plan import plan_pair
+from peraxis_tools.compress.plan.stage_work import StageWork
 from peraxis_tools.compress.run.dry_run import estimate_run
 from peraxis_tools.compress.run.memory import MachineMemory, check_memory, held_bytes, machine_memory
 from peraxis_tools.errors import ToolError

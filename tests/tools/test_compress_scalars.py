@@ -9,7 +9,7 @@ import torch
 
 from peraxis_format import Axis
 from peraxis_tools.compress.fit import scalars
-from peraxis_tools.compress.fit.fit import FitOptions, Hessian, Matrix, dense, fit_terms, hessian_of, quadratic
+from peraxis_tools.compress.fit.fit import FitOptions, Hessian, Matrix, dense, fit_components, hessian_of, quadratic
 from peraxis_tools.compress.fit.moments.sums import Moments
 from peraxis_tools.compress.fit.scalars import fit_scalars
 from peraxis_tools.compress.fit.scales import ComponentFit
@@ -45,7 +45,7 @@ def test_the_error_is_that_of_the_whole_matrix(components: int, share: float) ->
         return float(torch.sum((rest @ hessian.matrix) * rest))
 
     options = FitOptions(refine=False)
-    whole = fit_terms(quadratic(target, hessian), Axis.TENSOR, options, components=components)
+    whole = fit_components(quadratic(target, hessian), Axis.TENSOR, options, components=components)
     found = fit_scalars(its, hessian, share=share, rounds=options.rounds)
     assert error(found) == pytest.approx(error(whole), rel=1e-4)
     assert [term.axis for term in found] == [Axis.TENSOR] * components

@@ -19,7 +19,7 @@ from peraxis_tools.checkpoints.kinds import axes_text
 from peraxis_tools.commands.diff import command
 from peraxis_tools.deltas.rows import delta_rows, restrict, row_blocks
 from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, packed
-from peraxis_tools.diff.packed import Packed, moments, pack, square
+from peraxis_tools.diff.packed import Packed, inner_products, pack, square
 from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.ops.mask_compare import Columns, differing
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
@@ -44,7 +44,7 @@ def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
 def test_packed_inner_products_are_those_of_the_dense_deltas(seed, shape, axes_a, axes_b) -> None:
     _, a, b = pair_of_deltas(seed, shape, axes_a, axes_b)
     dense_a, dense_b = (pxd.dense_delta(m).astype(np.float64) for m in (a, b))
-    found = moments(packed_module(a), packed_module(b))
+    found = inner_products(packed_module(a), packed_module(b))
     scale = np.linalg.norm(dense_a) * np.linalg.norm(dense_b)
     assert found.square_a == pytest.approx(np.sum(dense_a**2), rel=1e-5)
     assert found.square_b == pytest.approx(np.sum(dense_b**2), rel=1e-5)

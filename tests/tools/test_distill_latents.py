@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from peraxis_format import pack_signs, unpack_signs
-from peraxis_tools.compress.distill.latents import BYTES_A_SIGN, SignLatents
+from peraxis_tools.compress.distill.latents import SignLatents
+from peraxis_tools.compress.shared_sizes import BYTES_A_SIGN
 
 SHAPE = (2, 24, 21)
 RATE = 0.05

@@ -61,7 +61,7 @@ def reference(student: LayerwiseModel, samples: Tensor, kind: str) -> Tensor:
 def test_logits_in_parts_give_the_loss_and_the_gradients_of_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tokens: int
 ) -> None:
-    monkeypatch.setattr(module, "_LOGITS_BYTES", 4 * VOCABULARY * tokens)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 4 * VOCABULARY * tokens)
     found, _, student = losses(tmp_path, kind=kind)
     parameters = [p.requires_grad_(True) for p in student.model.parameters()]
     found.backward("fit", [2, 0])

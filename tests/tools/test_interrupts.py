@@ -28,7 +28,7 @@ def test_what_is_imported_before_signals_are_handled_is_loaded_already() -> None
         text=True,
         check=True,
     )
-    ours = {"peraxis_tools", "peraxis_tools.entry", "peraxis_tools.process", "peraxis_tools.process.interrupts"}
+    ours = {f"peraxis_tools{name}" for name in ("", ".entry", ".process", ".process.interrupts")}
     assert set(done.stdout.split()) <= {"__future__", *ours}
 
 

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from peraxis_format.engines.vllm.batch import Groups, StepRows
 from peraxis_format.engines.vllm.bridge import Scratch, many_rows
 from peraxis_format.engines.vllm.names import LinearBase, VocabParallelEmbedding, all_reduce
-from peraxis_format.engines.vllm.patches import LayerPatch, Patch, add_terms, embedded, merged_linear, merged_parameter
+from peraxis_format.engines.vllm.patches import (
+    LayerPatch,
+    Patch,
+    add_components,
+    embedded,
+    merged_linear,
+    merged_parameter,
+)
 from peraxis_format.errors import LiveModelError
 
 __all__ = ["LayerState", "Variant", "wrap_layers"]
@@ -108,7 +115,7 @@ class _Method:
                 own = merged_parameter(bias, variant.of(layer, "bias"))
                 y[index] = (y[index].float() + (own.float() - bias.float())).to(y.dtype)
         if few:
-            add_terms(y, x, few)
+            add_components(y, x, few)
         return y
 
     def _merged(self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, variant: Variant) -> Tensor:

@@ -26,7 +26,7 @@ from peraxis_format.engines.vllm.bridge import (
 )
 from peraxis_format.engines.vllm.held import HeldComponent
 
-__all__ = ["LayerPatch", "Patch", "add_terms", "embedded", "merged_linear", "merged_parameter", "patch_of"]
+__all__ = ["LayerPatch", "Patch", "add_components", "embedded", "merged_linear", "merged_parameter", "patch_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,7 +68,7 @@ def patch_of(module: ModuleDelta, box: Sequence[tuple[int, int]], rows: tuple[in
     return Patch(*rows, held=tuple(HeldComponent.of(each, box, module.shape[-1]) for each in module.components))
 
 
-def add_terms(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, Sequence[Patch]]]) -> None:
+def add_components(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, Sequence[Patch]]]) -> None:
     """y[rows] += x[rows] times the components of each group. x: [rows, d_in]; y: [rows, d_out], rounded once."""
     totals, products = [], []
     for rows, patches in groups:

@@ -117,5 +117,5 @@ def rebuild_tensor(
 def dense_delta(module: ModuleDelta) -> NDArray[np.float32]:
     """The sum of a `sign` module's components in order, in binary32: [..., d_out, d_in] over the covered rows."""
     total = np.zeros(module.covered, np.float32)
-    reference.add_terms(module.factors(), total)
+    reference.add_components(module.factors(), total)
     return total

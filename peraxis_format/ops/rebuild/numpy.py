@@ -15,7 +15,7 @@ from peraxis_format.bits import unpack_signs
 from peraxis_format.delta import ComponentFactors
 from peraxis_format.dtypes import Array, DType, from_float32, to_float32
 
-__all__ = ["add_terms", "rebuild"]
+__all__ = ["add_components", "rebuild"]
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB of binary32: a block and its temporaries stay in the second-level cache
 
@@ -43,7 +43,7 @@ def rebuild(
             out[index][rows] = from_float32(total, dtype)
 
 
-def add_terms(matrices: Sequence[Sequence[ComponentFactors]], total: NDArray[np.float32]) -> None:
+def add_components(matrices: Sequence[Sequence[ComponentFactors]], total: NDArray[np.float32]) -> None:
     """total [..., d_out, d_in] += the components in order, each addition in binary32."""
     for index, rows, components in _row_blocks(matrices, total.shape):
         for component in components:

@@ -43,7 +43,7 @@ class LinearKernels:
         bias = state.parameter(module, "bias", variant).detach() if own else module.bias
         return launch.single(x, module.weight.detach(), bias, ranges[0], variant)
 
-    def add_terms(
+    def add_components(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
         """Add components in binary32, rounded once onto `out`; then the biases, rounded again."""

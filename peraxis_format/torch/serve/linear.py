@@ -73,7 +73,7 @@ class ServedLinear(ServedModule, nn.Linear):
         self._base(x, batch, [v for v in others if v not in biases], self.bias, out)
         self._base(x, batch, [v for v in others if v in biases], None, out)
         if few:
-            products.add_terms(self, state, x, batch, few, out)
+            products.add_components(self, state, x, batch, few, out)
         if rebuilt:
             products.merged(self, state, x, batch, rebuilt, out)
         if exact:
@@ -98,7 +98,7 @@ class TorchProducts:
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
         return None
 
-    def add_terms(
+    def add_components(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
         """Add components in binary32, rounded once."""

@@ -129,7 +129,7 @@ class Products(Protocol):
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
         """The output for a batch of one row; None if there is no special kernel for it."""
 
-    def add_terms(
+    def add_components(
         self, module: nn.Linear, state: State, x: Tensor, batch: Batch, variants: Sequence[int], out: Tensor
     ) -> None:
         """Add components, and the biases that a variant changes, to the base's product in `out`."""

@@ -26,18 +26,18 @@ from peraxis_format.errors import BindingError, LiveModelError, located, torn
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
-from peraxis_format.torch.device import device_of
+from peraxis_format.torch.device import Device, device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, is_distributed, together
-from peraxis_format.torch.place.sharded_exact import exact_pieces
+from peraxis_format.torch.place.sharded_exact import ExactPiece, exact_pieces
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, copy_aside, increment_versions
 from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.swap.engine import engine_for
 from peraxis_format.torch.swap.payload import Payload
 from peraxis_format.torch.swap.stream import stream
-from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, cut_transfers
+from peraxis_format.torch.swap.transfer_plan import TRANSFER_LIMIT, Transfer, cut_transfers
 
 __all__ = ["Applied", "apply_", "verify_share"]
 
@@ -101,37 +101,23 @@ def apply_(
         pool = stack.enter_context(ThreadPool(workers))
         # Each step is collective: a rank that fails must not leave the others in the next one.
         with together(group, sharded=is_distributed()):
-            file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
-            placement = place(target, file.manifest, views=views, shards=shards)
-            stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
-            device = device_of(placement)
-            transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
-            ring = Ring(device)
-            ring.reserve(max((transfer.size for transfer in transfers), default=0))
+            opened = _open(stack, target, delta, views=views, shards=shards)
+        file, placement, device = opened.file, opened.placement, opened.device
         with located(file.path), _applied_already(target, file.content_id):
-            check_live(file.manifest, placement, ring=ring, workers=pool.count, group=group)
+            check_live(file.manifest, placement, ring=opened.ring, workers=pool.count, group=group)
         sharded = sharded_anywhere(here=is_sharded(placement, file.manifest), group=group)
         with together(group, sharded=sharded):
             verified = verify_share(file, group, pool) if sharded else 0
         pieces = exact_pieces(file, placement, base_of=_view, group=group) if sharded else ()
         with together(group, sharded=sharded):
-            payload = Payload(
-                file,
-                transfers,
-                residency="pinned",
-                device=device,
-                ring=ring,
-                workers=pool,
-                base_of=_view,
-                pieces=pieces,
-            )
+            payload = opened.payload(pieces, pool)
         before = device.counters.uploads
         with together(group, sharded=sharded):
             kept, bases = _copies(placement, undo)
 
         def write() -> None:
-            engine = engine_for(transfers, bases, device=device, workers=pool)
-            stream(payload, engine, device=device, ring=ring, workers=pool)
+            engine = engine_for(opened.transfers, bases, device=device, workers=pool)
+            stream(payload, engine, device=device, ring=opened.ring, workers=pool)
 
         _all_or_none(write, kept, group=group, sharded=sharded)
         if isinstance(target, torch.nn.Module):
@@ -144,6 +130,49 @@ def apply_(
             uploads=device.counters.uploads - before,
             seconds=time.perf_counter() - started,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Opened:
+    """A delta, the places of its tensors in the live model, and what moves them there."""
+
+    file: DeltaFile
+    placement: Placement
+    device: Device
+    transfers: tuple[Transfer, ...]
+    ring: Ring
+
+    def payload(self, pieces: tuple[ExactPiece, ...], pool: ThreadPool) -> Payload:
+        """The payload in pinned memory. pieces: the exact parts of a sharded model."""
+        return Payload(
+            self.file,
+            self.transfers,
+            residency="pinned",
+            device=self.device,
+            ring=self.ring,
+            workers=pool,
+            base_of=_view,
+            pieces=pieces,
+        )
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    target: Target,
+    delta: DeltaFile | str | os.PathLike[str],
+    *,
+    views: Views | None,
+    shards: Mapping[str, Shard] | None,
+) -> _Opened:
+    """Open a delta and place its tensors; `stack` closes the file and gives the live tensors back. Not collective."""
+    file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
+    placement = place(target, file.manifest, views=views, shards=shards)
+    stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
+    device = device_of(placement)
+    transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
+    ring = Ring(device)
+    ring.reserve(max((transfer.size for transfer in transfers), default=0))
+    return _Opened(file=file, placement=placement, device=device, transfers=transfers, ring=ring)
 
 
 def _view(part: ShardView) -> Tensor:

@@ -252,10 +252,10 @@ class ShardedUpdateWriter(UpdateWriter):
                             ModuleDelta(name=name, shape=full.shape, dtype=dtype, encoding=Encoding.FULL, full=full)
                         )  # fmt: skip
             agree(failure.error, self._ranks.group)
-            written: Written = self._on_first(lambda: self._finished(writer, path, tied))
+            written: Written = self._on_first(lambda: self._finished(writer, tied))
             return written
 
-    def _finished(self, writer: DeltaWriter | None, path: Path, tied: list[tuple[str, str]]) -> Written | None:
+    def _finished(self, writer: DeltaWriter | None, tied: list[tuple[str, str]]) -> Written | None:
         """Finish and send an anchor, on rank 0."""
         if writer is None:
             return None

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from peraxis_format import Array
 
-__all__ = ["BYTES_A_SIGN", "SignLatents", "row_blocks"]
+__all__ = ["SignLatents", "row_blocks"]
 
-BYTES_A_SIGN = 4
 _UNIT = 1 << 13
 _MOST = (1 << 15) - 1
 _START = 0.5  # from zero, in scales: a gradient can flip a sign but noise cannot

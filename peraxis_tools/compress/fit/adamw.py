@@ -28,10 +28,10 @@ _RATES: Final = {Axis.ROW: 1e-4, Axis.COL: 1e-5, Axis.TENSOR: 1e-5, Axis.ROW_COL
 
 def adamw_component(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: Axis, *, steps: int) -> ComponentFit:
     """Fit one component: signs of the delta, scales after `steps` steps. delta, fine_tuned: float32 [d_out, d_in]."""
-    term = start_component(delta, axis)
-    row, col = term.row.clone().requires_grad_(axis is not Axis.COL), term.col.clone()
+    start = start_component(delta, axis)
+    row, col = start.row.clone().requires_grad_(axis is not Axis.COL), start.col.clone()
     col.requires_grad_(axis in (Axis.COL, Axis.ROW_COL))
-    signs = torch.where(term.signs, 1.0, -1.0)
+    signs = torch.where(start.signs, 1.0, -1.0)
     gram = moments.G.float()
     cross = delta @ gram
     if moments.E is not None:
@@ -52,4 +52,4 @@ def adamw_component(delta: Tensor, fine_tuned: Tensor, moments: Moments, axis: A
         final = row.mean().expand_as(row) if axis is Axis.TENSOR else row
         # The file stores magnitudes, so a scale that became negative flips its signs.
         turned = (final < 0)[:, None] ^ (col < 0)
-        return ComponentFit(axis=axis, signs=term.signs ^ turned, row=final.abs().contiguous(), col=col.abs())
+        return ComponentFit(axis=axis, signs=start.signs ^ turned, row=final.abs().contiguous(), col=col.abs())

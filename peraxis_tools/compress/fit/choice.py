@@ -39,26 +39,25 @@ from peraxis_tools.compress.fit.fit import (
     Matrix,
     Quadratic,
     dense,
-    fit_terms,
+    fit_components,
     hessian_of,
+    mean_components_of,
     quadratic,
-    residual_terms,
 )
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics, Validation
 from peraxis_tools.compress.fit.rows import fit_used_rows, has_unused_rows
 from peraxis_tools.compress.fit.scalars import fit_scalars
 from peraxis_tools.compress.fit.scales import ComponentFit, round_scales_f16
+from peraxis_tools.compress.shared_sizes import TRIAL_ROWS
 
-__all__ = ["TRIAL_ROWS", "fit_matrices"]
+__all__ = ["fit_matrices"]
 
 _REFINED: Final = "refined"
 _SCALES: Final = "scales"
 _SCALAR: Final = "scalar"
 _NONE: Final = "none"
 _SAME: Final = "same"
-# A part of the rows and one round are enough to measure how much signs overfit to a text.
-TRIAL_ROWS: Final = 128
-_TRIAL_SWEEPS: Final = 2
+_TRIAL_SWEEPS: Final = 2  # one round of these is enough for a trial, as TRIAL_ROWS are
 _NOTES: Final = {
     _SCALES: "refined signs are worse than one scale on another text: scales alone",
     _SCALAR: "worse than one scale on another text: one scale",
@@ -114,8 +113,8 @@ class _Trial:
         candidates: dict[str, Sequence[ComponentFit]] = {_NONE: self._plain, _SAME: ()}
         if hessian is not None:
             candidates.update(self._fitted(hessian, validation, self._all_tokens / max(tokens, 1)))
-        for kind, terms in candidates.items():
-            self._errors.setdefault(kind, []).append(self._error(terms, validation))
+        for kind, components in candidates.items():
+            self._errors.setdefault(kind, []).append(self._error(components, validation))
 
     def _fitted(self, hessian: Hessian, validation: Validation, times: float) -> Mapping[str, Sequence[ComponentFit]]:
         """The candidates of this Hessian. times: the tokens of the final fit for each of this one."""
@@ -125,16 +124,16 @@ class _Trial:
         for share in sorted({validation.share(correction), 1.0}):
             problem = quadratic(self._some.delta + share * correction, hessian)
             axis = self._axis = self._axis or self._best_axis(problem, validation)
-            scales = self._terms(problem, axis, light)
+            scales = self._components(problem, axis, light)
             tried.append((self._error(_rounded(scales), validation), share, problem, scales))
         _, share, problem, scales = min(tried, key=lambda each: each[0])
         self._shares.append(_share_of_all(share, times))
         found = {_SCALES: _rounded(scales)}
         if Axis.TENSOR in self._matrix.axes:
-            found[_SCALAR] = _rounded(self._terms(problem, Axis.TENSOR, light))
+            found[_SCALAR] = _rounded(self._components(problem, Axis.TENSOR, light))
         if self._options.refine:
             found[_REFINED] = _rounded(
-                fit_terms(problem, axis, replace(light, rounds=1, sweeps=_TRIAL_SWEEPS), start=scales)
+                fit_components(problem, axis, replace(light, rounds=1, sweeps=_TRIAL_SWEEPS), start=scales)
             )
         return found
 
@@ -146,14 +145,15 @@ class _Trial:
             return Axis.ROW_COL
         scales = FitOptions(refine=False)
         return min(
-            self._matrix.axes, key=lambda axis: self._error(_rounded(self._terms(problem, axis, scales)), validation)
+            self._matrix.axes,
+            key=lambda axis: self._error(_rounded(self._components(problem, axis, scales)), validation),
         )
 
-    def _terms(self, problem: Quadratic, axis: Axis, options: FitOptions) -> tuple[ComponentFit, ...]:
-        return fit_terms(problem, axis, options, components=self._matrix.components)
+    def _components(self, problem: Quadratic, axis: Axis, options: FitOptions) -> tuple[ComponentFit, ...]:
+        return fit_components(problem, axis, options, components=self._matrix.components)
 
-    def _error(self, terms: Sequence[ComponentFit], validation: Validation) -> float:
-        found: float = validation.error(self._some.fine_tuned - _applied(self._some, terms))
+    def _error(self, components: Sequence[ComponentFit], validation: Validation) -> float:
+        found: float = validation.error(self._some.fine_tuned - _applied(self._some, components))
         return self._all_rows * found
 
     def kind(self) -> str:
@@ -174,14 +174,14 @@ class _Trial:
 
     def finished(self, kind: str, hessian: Hessian | None) -> FittedMatrix:
         """The candidate on all tokens."""
-        terms: Sequence[ComponentFit] = _plain(self._matrix) if kind == _NONE else ()
+        components: Sequence[ComponentFit] = _plain(self._matrix) if kind == _NONE else ()
         if hessian is not None and kind in (_REFINED, _SCALES, _SCALAR):
             axis = Axis.TENSOR if kind == _SCALAR else self._axis or Axis.TENSOR
-            terms = _rounded(self._on_all(hessian, axis, refined=kind == _REFINED))
+            components = _rounded(self._on_all(hessian, axis, refined=kind == _REFINED))
         asked = _REFINED if self._options.refine else _SCALES
         note = "" if kind == asked else _NOTES.get(kind) or self._why_none()
         return FittedMatrix(
-            terms=tuple(terms),
+            components=tuple(components),
             error=self._mean(kind),
             error_none=self._mean(_NONE),
             error_same=self._mean(_SAME),
@@ -198,7 +198,7 @@ class _Trial:
         whole = matrix.rows()
         target = whole.delta.add_(hessian.correction(whole.fine_tuned), alpha=share)
         del whole
-        return self._terms(quadratic(target, hessian), axis, options)
+        return self._components(quadratic(target, hessian), axis, options)
 
     def _why_none(self) -> str:
         why = "calibration does not improve it" if _SCALES in self._errors else "no calibration token reaches it"
@@ -227,16 +227,16 @@ def _quotient(errors: Sequence[float], of: Sequence[float]) -> float:
 
 def _plain(matrix: Matrix) -> tuple[ComponentFit, ...]:
     """`none`."""
-    return _rounded(residual_terms(matrix.delta, matrix.axes, matrix.components))
+    return _rounded(mean_components_of(matrix.delta, matrix.axes, matrix.components))
 
 
-def _rounded(terms: Sequence[ComponentFit]) -> tuple[ComponentFit, ...]:
-    return tuple(map(round_scales_f16, terms))
+def _rounded(components: Sequence[ComponentFit]) -> tuple[ComponentFit, ...]:
+    return tuple(map(round_scales_f16, components))
 
 
-def _applied(matrix: Matrix, terms: Sequence[ComponentFit]) -> Tensor:
+def _applied(matrix: Matrix, components: Sequence[ComponentFit]) -> Tensor:
     """The weight that apply gives, float32. matrix: in float32."""
-    return (matrix.base + dense(terms, matrix.base)).to(matrix.dtype).float()
+    return (matrix.base + dense(components, matrix.base)).to(matrix.dtype).float()
 
 
 def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> FittedMatrix:
@@ -245,17 +245,17 @@ def _fit_adamw(matrix: Matrix, statistics: Statistics, options: FitOptions) -> F
     (_, held_out), *_ = statistics.directions()
     validation = Validation(matrix.fine_tuned, held_out)
 
-    def error(terms: Sequence[ComponentFit]) -> float:
-        return validation.error(matrix.fine_tuned - _applied(matrix, terms))
+    def error(components: Sequence[ComponentFit]) -> float:
+        return validation.error(matrix.fine_tuned - _applied(matrix, components))
 
     plain = _plain(matrix)
     error_none, error_same = error(plain), error(())
-    fitted = FittedMatrix(terms=plain, error=error_none, error_none=error_none, error_same=error_same)
+    fitted = FittedMatrix(components=plain, error=error_none, error_none=error_none, error_same=error_same)
     if not statistics.fit.tokens:
         return replace(fitted, note="no calibration token reaches it: mean |delta|")
-    terms = [
+    components = [
         round_scales_f16(adamw_component(matrix.delta, matrix.fine_tuned, statistics.fit, a, steps=options.adamw_steps))
         for a in matrix.axes
     ]
-    best = min(terms, key=lambda term: error((term,)))
-    return replace(fitted, terms=(best,), error=error((best,)))
+    best = min(components, key=lambda component: error((component,)))
+    return replace(fitted, components=(best,), error=error((best,)))

@@ -46,10 +46,10 @@ __all__ = [
     "Hessian",
     "Quadratic",
     "dense",
-    "fit_terms",
+    "fit_components",
     "hessian_of",
     "quadratic",
-    "residual_terms",
+    "mean_components_of",
 ]
 
 AUTO_AXES = (Axis.ROW, Axis.COL, Axis.ROW_COL, Axis.TENSOR)
@@ -106,7 +106,7 @@ class FittedMatrix:
     components without calibration (error_none), of no delta (error_same). note: why it is not the requested fit.
     """
 
-    terms: tuple[ComponentFit, ...]
+    components: tuple[ComponentFit, ...]
     error: float
     error_none: float
     error_same: float
@@ -183,24 +183,24 @@ def quadratic(target: Tensor, hessian: Hessian) -> Quadratic:
     return Quadratic(target=target, target_hessian=target @ hessian.matrix, hessian=hessian)
 
 
-def residual_terms(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[ComponentFit, ...]:
+def mean_components_of(delta: Tensor, axes: Sequence[Axis], components: int) -> tuple[ComponentFit, ...]:
     """`none`: sign and mean magnitude of the delta, then of the residual, and so on; least weight error."""
 
     def captured(axis: Axis) -> float:
         # A least squares fit lowers the sum of squares by sum(row^2) sum(col^2); row or col may be ones.
-        found = mean_magnitudes(rest, axis)
-        return float(found.row.square().sum() * found.col.square().sum())
+        means = mean_magnitudes(rest, axis)
+        return float(means.row.square().sum() * means.col.square().sum())
 
-    terms: list[ComponentFit] = []
+    found: list[ComponentFit] = []
     rest = delta
     for k in range(components):
-        terms.append(start_component(rest, axes[0] if len(axes) == 1 else max(axes, key=captured)))
+        found.append(start_component(rest, axes[0] if len(axes) == 1 else max(axes, key=captured)))
         if k + 1 < components:
-            rest = rest - terms[-1].dense()
-    return tuple(terms)
+            rest = rest - found[-1].dense()
+    return tuple(found)
 
 
-def fit_terms(
+def fit_components(
     problem: Quadratic,
     axis: Axis,
     options: FitOptions,
@@ -212,78 +212,78 @@ def fit_terms(
 
     start: the components of a similar problem, as a starting point.
     """
-    terms = list(start) if start is not None and options.refine else _greedy(problem, axis, components, options)
+    found = list(start) if start is not None and options.refine else _greedy(problem, axis, components, options)
     if options.refine:
         if start is None and problem.hessian.factor is not None:
-            signs = gptq_signs(problem.target, [term.magnitude for term in terms], problem.hessian.factor)
-            terms = _refit(_with_signs(terms, signs), problem)
+            signs = gptq_signs(problem.target, [component.magnitude for component in found], problem.hessian.factor)
+            found = _refit(_with_signs(found, signs), problem)
         for _ in range(options.rounds):
             signs = coordinate_descent(
                 problem.target,
-                [term.magnitude for term in terms],
-                [term.signs for term in terms],
+                [component.magnitude for component in found],
+                [component.signs for component in found],
                 problem.hessian.matrix,
                 sweeps=options.sweeps,
-                gradient=_gradient(problem, terms),
+                gradient=_gradient(problem, found),
             )
-            terms = _refit(_with_signs(terms, signs), problem)
+            found = _refit(_with_signs(found, signs), problem)
     elif components > 1:
         for _ in range(options.rounds):
-            terms = _refit(terms, problem)
-    return tuple(sorted(terms, key=lambda term: -float(term.row.mean() * term.col.mean())))
+            found = _refit(found, problem)
+    return tuple(sorted(found, key=lambda component: -float(component.row.mean() * component.col.mean())))
 
 
 def _greedy(problem: Quadratic, axis: Axis, components: int, options: FitOptions) -> list[ComponentFit]:
-    terms: list[ComponentFit] = []
+    found: list[ComponentFit] = []
     rest, target_hessian = problem.target, problem.target_hessian
     # These scales are solved again after the signs, so they need not be exact yet.
     rounds = {"rounds": 1} if options.refine else {}
     for _ in range(components):
-        terms.append(
+        found.append(
             fit_scales(
                 start_component(rest, axis), rest, problem.hessian.matrix, target_hessian=target_hessian, **rounds
             )
         )
-        if len(terms) < components:
-            rest = rest - terms[-1].dense()
+        if len(found) < components:
+            rest = rest - found[-1].dense()
             target_hessian = rest @ problem.hessian.matrix
-    return terms
-
-
-def _gradient(problem: Quadratic, terms: Sequence[ComponentFit]) -> Tensor | None:
-    """(T - Q) H from the images of the components; None if one is not known."""
-    found = problem.target_hessian.clone()
-    for term in terms:
-        if term.image is None:
-            return None
-        found.addcmul_(term.image, term.row[:, None], value=-1.0)
     return found
 
 
-def _with_signs(terms: Sequence[ComponentFit], signs: Sequence[Tensor]) -> list[ComponentFit]:
-    return [replace(term, signs=sign, image=None) for term, sign in zip(terms, signs, strict=True)]
+def _gradient(problem: Quadratic, components: Sequence[ComponentFit]) -> Tensor | None:
+    """(T - Q) H from the images of the components; None if one is not known."""
+    gradient = problem.target_hessian.clone()
+    for component in components:
+        if component.image is None:
+            return None
+        gradient.addcmul_(component.image, component.row[:, None], value=-1.0)
+    return gradient
 
 
-def _refit(terms: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentFit]:
+def _with_signs(components: Sequence[ComponentFit], signs: Sequence[Tensor]) -> list[ComponentFit]:
+    return [replace(component, signs=sign, image=None) for component, sign in zip(components, signs, strict=True)]
+
+
+def _refit(components: Sequence[ComponentFit], problem: Quadratic) -> list[ComponentFit]:
     """Solve the scales of each component in turn, for the residual of the others."""
-    if len(terms) == 1:
+    if len(components) == 1:
         return [
             fit_scales(
-                terms[0], problem.target, problem.hessian.matrix, target_hessian=problem.target_hessian, rounds=1
+                components[0], problem.target, problem.hessian.matrix, target_hessian=problem.target_hessian, rounds=1
             )
         ]
-    rest = problem.target - dense(terms, problem.target)
+    rest = problem.target - dense(components, problem.target)
     refitted = []
-    for term in terms:
-        rest = rest + term.dense()
-        refitted.append(fit_scales(term, rest, problem.hessian.matrix, rounds=1))
+    for component in components:
+        rest = rest + component.dense()
+        refitted.append(fit_scales(component, rest, problem.hessian.matrix, rounds=1))
         rest = rest - refitted[-1].dense()
     return refitted
 
 
-def dense(terms: Sequence[ComponentFit], like: Tensor) -> Tensor:
+def dense(components: Sequence[ComponentFit], like: Tensor) -> Tensor:
     """The sum of the components, with one rounding for each as in SPEC 6.1; zeros like `like` if there are none."""
     total = torch.zeros_like(like)
-    for term in terms:
-        total = total + term.dense()
+    for component in components:
+        total = total + component.dense()
     return total

@@ -30,7 +30,7 @@ from peraxis_tools.checkpoints.parameter_names import NameMap, ParameterSlice
 from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix
 from peraxis_tools.compress.fit.mean import mean_components
-from peraxis_tools.compress.fit.moments.collector import Batch, MomentsCollector, Side, Text
+from peraxis_tools.compress.fit.moments.collector import Batch, MomentsCollector, Side, TextBatches
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.fit.moments.stages import Key, Stage
 from peraxis_tools.compress.fit.moments.sums import Statistics
@@ -74,7 +74,7 @@ class LayerwiseCalibration:
         self.names, self.options, self.work, self.processes = names, options, work, processes
         places = processes.shard_indices(len(batches))
         # A process without a batch runs the first one, so that it takes part in every step, and adds nothing.
-        self.text = Text(every=batches, places=places or [0], crossed=crossed, idle=not places)
+        self.text = TextBatches(every=batches, places=places or [0], crossed=crossed, idle=not places)
         self.modules = {module.name: module for module in plan.modules}
         self.fitted: dict[str, FittedModule] = {}
         self.weights = Weights(
@@ -283,13 +283,13 @@ class LayerwiseCalibration:
         model: LayerwiseModel,
         hidden: SpilledTensors,
         run: Callable[[Tensor, Tensor], Tensor],
-        text: Text | None = None,
+        text: TextBatches | None = None,
     ) -> Side:
         batches = (text or self.text).batches
         return Side(model, lambda i: run(batches[i].ids, hidden[i]))
 
     def _collector(
-        self, sides: Sequence[Side], names: Sequence[str], text: Text | None = None, *, outputs: bool = True
+        self, sides: Sequence[Side], names: Sequence[str], text: TextBatches | None = None, *, outputs: bool = True
     ) -> MomentsCollector:
         teacher, student = sides
         return MomentsCollector(

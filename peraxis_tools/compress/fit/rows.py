@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from peraxis_format import Axis
-from peraxis_tools.compress.fit.fit import FitOptions, Hessian, Matrix, fit_terms, quadratic
+from peraxis_tools.compress.fit.fit import FitOptions, Hessian, Matrix, fit_components, quadratic
 from peraxis_tools.compress.fit.scales import ComponentFit, fit_scales
 from peraxis_tools.process.heap import trim_heap
 
@@ -38,20 +38,22 @@ def fit_used_rows(
     used = matrix.used.nonzero()[:, 0]
     some = matrix.rows(used)
     problem = quadratic(some.delta + share * hessian.correction(some.fine_tuned), hessian)
-    refined = fit_terms(problem, axis, options, components=matrix.components)
+    refined = fit_components(problem, axis, options, components=matrix.components)
     del problem
     trim_heap()  # of the trials
     signs = [torch.empty(matrix.base.shape, dtype=torch.bool, device=used.device) for _ in refined]
     rows = [some.base.new_empty(len(matrix.base)) for _ in refined]
-    for k, term in enumerate(refined):
-        signs[k][used], rows[k][used] = term.signs, term.row
+    for k, component in enumerate(refined):
+        signs[k][used], rows[k][used] = component.signs, component.row
     trim_heap()  # of the refined rows; the signs of all rows are the largest tensors of the fit
     for chosen in (~matrix.used).nonzero()[:, 0].split(max(_ROWS, matrix.base.shape[1])):
         some = matrix.rows(chosen)
         rest = some.delta + share * hessian.correction(some.fine_tuned)
-        for k, term in enumerate(refined):
-            start = ComponentFit(axis=Axis.ROW, signs=rest >= 0, row=rest.new_ones(len(rest)), col=term.col)
+        for k, component in enumerate(refined):
+            start = ComponentFit(axis=Axis.ROW, signs=rest >= 0, row=rest.new_ones(len(rest)), col=component.col)
             found = fit_scales(start, rest, hessian.matrix)
             rest = rest - found.dense()
             signs[k][chosen], rows[k][chosen] = found.signs, found.row
-    return tuple(ComponentFit(axis=axis, signs=signs[k], row=rows[k], col=term.col) for k, term in enumerate(refined))
+    return tuple(
+        ComponentFit(axis=axis, signs=signs[k], row=rows[k], col=component.col) for k, component in enumerate(refined)
+    )

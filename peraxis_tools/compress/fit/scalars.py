@@ -8,8 +8,8 @@ Each B_k has the signs of the residual T - s_1 B_1 - .. - s_(k-1) B_(k-1), and t
 
 J is quadratic in the scales, so they are solved in turn without the matrix: s_k = (b_k - sum_(m != k) A_km s_m) / A_kk.
 
-A table of a large vocabulary is the largest matrix of a model, and fit_terms keeps several copies of a matrix. This
-keeps its signs, one byte for each weight and component.
+A table of a large vocabulary is the largest matrix of a model, and fit_components keeps several copies of a matrix.
+This keeps its signs, one byte for each weight and component.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fit_scalars(matrix: Matrix, hessian: Hessian, *, share: float, rounds: int) 
         ComponentFit(axis=Axis.TENSOR, signs=sign, row=torch.full((len(sign),), abs(scale), device=device), col=ones)
         for sign, scale in zip(signs, scales, strict=True)
     )
-    return tuple(sorted(found, key=lambda term: -float(term.row[0])))
+    return tuple(sorted(found, key=lambda component: -float(component.row[0])))
 
 
 def _targets(matrix: Matrix, hessian: Hessian, share: float) -> Iterator[tuple[slice, Tensor]]:

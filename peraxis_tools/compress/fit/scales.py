@@ -61,7 +61,7 @@ class ComponentFit:
         return unit(self.signs).mul_(self.col).mul_(self.row[:, None])
 
 
-def round_scales_f16(term: ComponentFit) -> ComponentFit:
+def round_scales_f16(component: ComponentFit) -> ComponentFit:
     """The component with scales rounded to F16 under its exponent, as the file stores them (SPEC 5.5)."""
 
     def rounded(scales: Tensor) -> Tensor:
@@ -69,9 +69,13 @@ def round_scales_f16(term: ComponentFit) -> ComponentFit:
         values = np.ldexp(half.astype(np.float64), exponent)
         return torch.from_numpy(values).to(dtype=scales.dtype, device=scales.device)
 
-    has_row = term.axis is not Axis.COL
-    has_col = term.axis in (Axis.COL, Axis.ROW_COL)
-    return replace(term, row=rounded(term.row) if has_row else term.row, col=rounded(term.col) if has_col else term.col)
+    has_row = component.axis is not Axis.COL
+    has_col = component.axis in (Axis.COL, Axis.ROW_COL)
+    return replace(
+        component,
+        row=rounded(component.row) if has_row else component.row,
+        col=rounded(component.col) if has_col else component.col,
+    )
 
 
 def mean_magnitudes(target: Tensor, axis: Axis) -> Magnitude:
@@ -99,7 +103,12 @@ def start_component(target: Tensor, axis: Axis) -> ComponentFit:
 
 
 def fit_scales(
-    term: ComponentFit, target: Tensor, hessian: Tensor, *, target_hessian: Tensor | None = None, rounds: int = _ROUNDS
+    component: ComponentFit,
+    target: Tensor,
+    hessian: Tensor,
+    *,
+    target_hessian: Tensor | None = None,
+    rounds: int = _ROUNDS,
 ) -> ComponentFit:
     """Fit the scales of least J for the component's signs; signs are flipped only where a scale is negative.
 
@@ -107,68 +116,68 @@ def fit_scales(
     rounds: alternations of row+col; one is enough if the scales are near their optimum.
     """
     target_hessian = target @ hessian if target_hessian is None else target_hessian
-    if term.axis is Axis.ROW:
-        return _fit_row(term, target_hessian, hessian)
-    if term.axis is Axis.COL:
-        return _fit_col(term, target, target_hessian, hessian)
-    if term.axis is Axis.TENSOR:
-        return _fit_scalar(term, target_hessian, hessian)
+    if component.axis is Axis.ROW:
+        return _fit_row(component, target_hessian, hessian)
+    if component.axis is Axis.COL:
+        return _fit_col(component, target, target_hessian, hessian)
+    if component.axis is Axis.TENSOR:
+        return _fit_scalar(component, target_hessian, hessian)
     for _ in range(rounds):
-        term = _fit_row(_fit_col(term, target, target_hessian, hessian), target_hessian, hessian)
+        component = _fit_row(_fit_col(component, target, target_hessian, hessian), target_hessian, hessian)
     # row and col have one free common factor; split it evenly, because F16 has a small range.
-    balance = torch.sqrt(term.col.mean() / term.row.mean())
+    balance = torch.sqrt(component.col.mean() / component.row.mean())
     if not torch.isfinite(balance) or float(balance) == 0.0:
-        return term
-    image = None if term.image is None else term.image / balance
-    return replace(term, row=term.row * balance, col=term.col / balance, image=image)
+        return component
+    image = None if component.image is None else component.image / balance
+    return replace(component, row=component.row * balance, col=component.col / balance, image=image)
 
 
 def _fold(
-    term: ComponentFit, *, row: Tensor | None = None, col: Tensor | None = None, image: Tensor | None = None
+    component: ComponentFit, *, row: Tensor | None = None, col: Tensor | None = None, image: Tensor | None = None
 ) -> ComponentFit:
-    signs = term.signs
+    signs = component.signs
     if row is not None:
         signs = signs ^ (row < 0)[:, None]
     if col is not None:
         signs = signs ^ (col < 0)
     return replace(
-        term,
+        component,
         signs=signs,
-        row=term.row if row is None else row.abs(),
-        col=term.col if col is None else col.abs(),
+        row=component.row if row is None else row.abs(),
+        col=component.col if col is None else col.abs(),
         image=image,
     )
 
 
-def _fit_row(term: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
-    row, image = torch.empty_like(term.row), torch.empty_like(target_hessian)
+def _fit_row(component: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
+    row, image = torch.empty_like(component.row), torch.empty_like(target_hessian)
     for rows in _parts(target_hessian, _CACHED):
-        pattern = unit(term.signs[rows]).mul_(term.col)
+        pattern = unit(component.signs[rows]).mul_(component.col)
         torch.mm(pattern, hessian, out=image[rows])
         below = torch.sum(image[rows] * pattern, dim=1)
         above = torch.sum(pattern.mul_(target_hessian[rows]), dim=1)
         row[rows] = torch.where(below > 0, above / below, torch.zeros_like(above))
         image[rows].mul_(torch.where(row[rows] < 0, -1.0, 1.0)[:, None])  # the signs of such rows are flipped
-    return _fold(term, row=row, image=image)
+    return _fold(component, row=row, image=image)
 
 
-def _fit_col(term: ComponentFit, target: Tensor, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
+def _fit_col(component: ComponentFit, target: Tensor, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
     width = len(hessian)
     system, right = torch.zeros_like(hessian), torch.zeros(width, dtype=torch.float64, device=hessian.device)
     prior = torch.zeros_like(right)
     for rows in _parts(target, max(_CACHED, width * width)):
-        pattern = unit(term.signs[rows]).mul_(term.row[rows, None])
+        pattern = unit(component.signs[rows]).mul_(component.row[rows, None])
         add_gram(system, pattern)
         prior += torch.sum(pattern * target[rows], dim=0)
         right += torch.sum(pattern.mul_(target_hessian[rows]), dim=0)
     system.mul_(hessian)
     ridge = _RIDGE * torch.diagonal(system).double().mean()
     if float(ridge) <= 0.0:
-        return term
-    prior /= term.row.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        return component
+    prior /= component.row.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     system.diagonal().add_(ridge)
-    col = _solved(system, right + ridge * prior, start=term.col)
-    return term if col is None else _fold(term, col=col.float())
+    col = _solved(system, right + ridge * prior, start=component.col)
+    return component if col is None else _fold(component, col=col.float())
 
 
 def _parts(matrix: Tensor, numbers: int) -> list[slice]:
@@ -223,9 +232,9 @@ def conjugate_gradients(system: Tensor, right: Tensor, start: Tensor) -> Tensor 
     return found * largest if float(torch.linalg.vector_norm(right - system @ found)) <= 2 * wanted else None
 
 
-def _fit_scalar(term: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
-    pattern = unit(term.signs)
+def _fit_scalar(component: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
+    pattern = unit(component.signs)
     below = torch.sum((pattern @ hessian) * pattern, dtype=torch.float64)
     above = torch.sum(pattern * target_hessian, dtype=torch.float64)
     scalar = float(above / below) if float(below) > 0 else 0.0
-    return _fold(term, row=torch.full_like(term.row, scalar))
+    return _fold(component, row=torch.full_like(component.row, scalar))

@@ -42,33 +42,33 @@ def components_of(
 
     All elements must have the same axes; an element with fewer components gets scales of zero for the rest.
     """
-    count = max(len(terms) for terms in matrices)
-    longest = next(terms for terms in matrices if len(terms) == count)
+    count = max(map(len, matrices))
+    longest = next(fits for fits in matrices if len(fits) == count)
     components = []
     for k in range(count):
-        terms = [terms[k] if k < len(terms) else _nothing(longest[k]) for terms in matrices]
+        kth = [fits[k] if k < len(fits) else _nothing(longest[k]) for fits in matrices]
         if transposed:
-            terms = [_transpose(term) for term in terms]
-        mask = np.stack([pack_signs(term.signs.cpu().numpy()) for term in terms])
-        row = np.stack([term.row.double().cpu().numpy() for term in terms])
-        col = np.stack([term.col.double().cpu().numpy() for term in terms])
-        components.append(encode_component(mask, row, col, axis=terms[0].axis, batch=batch))
+            kth = [_transpose(fit) for fit in kth]
+        mask = np.stack([pack_signs(fit.signs.cpu().numpy()) for fit in kth])
+        row = np.stack([fit.row.double().cpu().numpy() for fit in kth])
+        col = np.stack([fit.col.double().cpu().numpy() for fit in kth])
+        components.append(encode_component(mask, row, col, axis=kth[0].axis, batch=batch))
     return tuple(components)
 
 
-def _nothing(term: ComponentFit) -> ComponentFit:
-    zero = term.axis is Axis.COL
+def _nothing(fit: ComponentFit) -> ComponentFit:
+    zero = fit.axis is Axis.COL
     return replace(
-        term,
-        row=term.row if zero else torch.zeros_like(term.row),
-        col=torch.zeros_like(term.col) if zero else term.col,
+        fit,
+        row=fit.row if zero else torch.zeros_like(fit.row),
+        col=torch.zeros_like(fit.col) if zero else fit.col,
     )
 
 
-def _transpose(term: ComponentFit) -> ComponentFit:
-    if term.axis is Axis.TENSOR:
-        size = float(term.row[0])
+def _transpose(fit: ComponentFit) -> ComponentFit:
+    if fit.axis is Axis.TENSOR:
+        size = float(fit.row[0])
         return ComponentFit(
-            axis=term.axis, signs=term.signs.t(), row=torch.full_like(term.col, size), col=torch.ones_like(term.row)
+            axis=fit.axis, signs=fit.signs.t(), row=torch.full_like(fit.col, size), col=torch.ones_like(fit.row)
         )
-    return ComponentFit(axis=_SWAPPED.get(term.axis, term.axis), signs=term.signs.t(), row=term.col, col=term.row)
+    return ComponentFit(axis=_SWAPPED.get(fit.axis, fit.axis), signs=fit.signs.t(), row=fit.col, col=fit.row)

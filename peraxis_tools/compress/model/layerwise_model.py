@@ -13,20 +13,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from peraxis_tools.compress.fit.moments.recorder import StopForward
+from peraxis_tools.compress.shared_sizes import LOGITS_BYTES
 from peraxis_tools.errors import ToolError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["LayerwiseModel", "UnsupportedModelError"]
-
-_LOGITS_BYTES: Final = 32 << 20  # at a time; a loss and its gradient take some five times as much
 
 
 class UnsupportedModelError(ToolError):
@@ -284,14 +283,14 @@ class LayerwiseModel:
             return logits
 
     def token_parts(self, ids: Tensor, states: Tensor) -> list[slice]:
-        """Parts of the tokens of ids [samples, length] whose logits take at most _LOGITS_BYTES, as float32.
+        """Parts of the tokens of ids [samples, length] whose logits take at most LOGITS_BYTES, as float32.
 
         One part, if the states that `head` wants are not [samples, length, width].
         """
         samples, length = ids.shape
         head = self.model.get_output_embeddings()
         vocabulary = getattr(head, "out_features", None) or self.model.config.vocab_size
-        count = -(-4 * samples * length * vocabulary // _LOGITS_BYTES) if states.shape[:-1] == ids.shape else 1
+        count = -(-4 * samples * length * vocabulary // LOGITS_BYTES) if states.shape[:-1] == ids.shape else 1
         step = -(-length // min(count, length))
         return [slice(first, first + step) for first in range(0, length, step)]
 

@@ -74,9 +74,9 @@ class OrientedModule:
         if not results:
             return FittedModule(name=self.planned.name, components=(), report=ModuleReport(note="unchanged"))
         components: tuple[Component, ...] = ()
-        if any(result.terms for result in results):
+        if any(result.components for result in results):
             components = components_of(
-                [result.terms for result in results], batch=tuple(self.base.shape[:-2]), transposed=self.transposed
+                [result.components for result in results], batch=tuple(self.base.shape[:-2]), transposed=self.transposed
             )
         return FittedModule(name=self.planned.name, components=components, report=_report(results))
 

@@ -117,42 +117,66 @@ def spend(plan: Plan, errors: Mapping[str, Sequence[float]], options: CompressOp
     target = target_of(plan, options)
     if target is None:
         target = predicted_size(plan, options)  # of the plan without prices
-    choices = {
+    choices: Mapping[str, Sequence[Choice]] = {
         module.name: _choices_of(module, errors[module.name])
         if module.name in errors
         else [Choice(module.encoding, module.components, module.payload_bytes, 0.0)]
         for module in plan.modules
     }
-    floors = [_smallest(allowed) for allowed in (_with_a_mask(choices), choices)]
-    bests = [plan.with_choices({name: (c.encoding, c.components) for name, c in floor.items()}) for floor in floors]
-    sizes = [predicted_size(best, options) for best in bests]
-    if target < sizes[1]:
-        raise OptionError(
-            f"target too small: {target} bytes; the smallest possible file has {sizes[1]} bytes, if every tensor that "
-            "the format allows is stored as the base's"
-        )
-    choices, best, least = (
-        (_with_a_mask(choices), bests[0], floors[0]) if target >= sizes[0] else (choices, bests[1], floors[1])
+    choices = _affordable(plan, choices, target, options)
+    best = _spend_corrected(plan, choices, target, options)
+    modules = (
+        replace(m, reason=UNCHANGED) if m.encoding is Encoding.SAME and errors.get(m.name, (1.0,))[0] == 0.0 else m
+        for m in best.modules
     )
+    return replace(best, modules=tuple(modules))
+
+
+def _affordable(
+    plan: Plan, choices: Mapping[str, Sequence[Choice]], target: int, options: CompressOptions
+) -> Mapping[str, Sequence[Choice]]:
+    """The choices to spend a target on: with a mask for every changed module, if the smallest such file fits.
+
+    Raises OptionError if not even the smallest file of all fits.
+    """
+    size = predicted_size(_with(plan, _smallest(choices)), options)
+    if target < size:
+        raise OptionError(
+            f"target too small: {target} bytes; the smallest possible file has {size} bytes, if every tensor that the "
+            "format allows is stored as the base's"
+        )
+    masked = _with_a_mask(choices)
+    if target >= predicted_size(_with(plan, _smallest(masked)), options):
+        return masked
+    return choices
+
+
+def _spend_corrected(
+    plan: Plan, choices: Mapping[str, Sequence[Choice]], target: int, options: CompressOptions
+) -> Plan:
+    """The plan of the most payload bytes that were tried and whose file fits the target.
+
+    The header grows with the masks, in steps: spend, compute the size of the file, and correct the budget.
+    """
+    least = _smallest(choices)
+    best = _with(plan, least)
     floor = sum(choice.size for choice in least.values())
     budget = target - (predicted_size(plan, options) - plan.payload_bytes)
-    # The header grows with the masks, in steps: spend, compute the size of the file, and correct the budget. `ceiling`:
-    # the fewest bytes that were too many, so that each correction leads to another choice.
-    ceiling = target
+    ceiling = target  # the fewest bytes that were too many, so that each correction leads to another choice
     for _ in range(_CORRECTIONS):
         chosen = allocate(choices, max(budget, floor))
-        spent = plan.with_choices({name: (c.encoding, c.components) for name, c in chosen.items()})
+        spent = _with(plan, chosen)
         left = target - predicted_size(spent, options)
         if left < 0:
             ceiling = min(ceiling, sum(choice.size for choice in chosen.values()))
         elif spent.payload_bytes > best.payload_bytes:
             best = spent
         budget = min(budget + left, ceiling - 1)
-    modules = (
-        replace(m, reason=UNCHANGED) if m.encoding is Encoding.SAME and errors.get(m.name, (1.0,))[0] == 0.0 else m
-        for m in best.modules
-    )
-    return replace(best, modules=tuple(modules))
+    return best
+
+
+def _with(plan: Plan, chosen: Mapping[str, Choice]) -> Plan:
+    return plan.with_choices({name: (choice.encoding, choice.components) for name, choice in chosen.items()})
 
 
 def is_open(module: PlannedModule, options: CompressOptions) -> bool:

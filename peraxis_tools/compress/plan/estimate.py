@@ -10,7 +10,7 @@ outside the layers, N tokens of text in samples of n, and d the width of the hid
     blocks       hidden states 2 c N d, inputs that passes keep, two layers, sums, copies of the largest matrix
     distill      the teacher, then its head, the base in the file's dtype, packed signs (and 4 bytes a trained sign),
                  activations and some logits of one sample, copies of the largest matrix
-    write        4 copies of the largest tensor (run.py)
+    write        4 copies of the largest tensor (run/delta_file.py)
 
 A probe (run/probe.py) turns the work into seconds: tokens that pass a layer, steps of generation, matrices that are
 fitted, weights that distillation builds and whose gradients it reduces, logits whose loss it computes, float32
@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from peraxis_format import Encoding
@@ -30,14 +29,14 @@ from peraxis_tools.checkpoints.kinds import group_of, layer_of
 from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
-from peraxis_tools.compress.plan.price import PRICED_ROWS
+from peraxis_tools.compress.plan.price import MEASURED_MASKS, PRICED_ROWS
+from peraxis_tools.compress.plan.stage_work import SampleCounts, StageWork
+from peraxis_tools.compress.shared_sizes import BYTES_A_SIGN, LOGITS_BYTES, TRIAL_ROWS
 
 __all__ = [
     "GENERATED_SAMPLES",
     "SENSITIVITY_SAMPLES",
     "TABLE_TOKENS",
-    "StageWork",
-    "Text",
     "fit_operations",
     "sensitivity_pieces",
     "work_of",
@@ -50,80 +49,32 @@ _PASSES: Final = 48  # backward passes of a sensitivity: fewer are noise, and th
 _LEAST_PIECE: Final = 64  # tokens; the model sees no text before a piece
 _OUTPUTS: Final = frozenset({"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "w2", "dense_4h_to_h"})
 _KEYS: Final = frozenset({"k_proj", "v_proj"})
-_TRIAL_ROWS: Final = 128
 _FLOAT: Final = 4
 _REFINED_COPIES: Final = 12  # of the refined rows of a table
 _SUMS: Final = 8  # float64 matrices as wide as an input, while it is fitted; two of float32 count as one
 _ACTIVATIONS: Final = 4  # values that a backward pass keeps of a token, for each value of an input of a matrix
 _TRAINED: Final = 16  # bytes of a trained value: itself, its gradient, and AdamW's two moments
-_TRAINED_SIGN: Final = 4  # BYTES_A_SIGN of distill/latents.py, which imports torch
-_LOGITS: Final = 32 << 20  # _LOGITS_BYTES of model/layerwise_model.py, which imports torch
 _LOGITS_COPIES: Final = 6
+_STEP_LOGITS_COPIES: Final = 3  # float32 copies of the logits of a step of generation
+_WRITE_COPIES: Final = 4  # float32 copies of the largest tensor (run/delta_file.py)
+_BLOCK_COPIES: Final = 12  # float32 copies of the largest matrix of a block, while it is fitted
+_DISTILL_COPIES: Final = 3  # float32 copies of the largest matrix that distillation builds
+_KEPT_INPUTS: Final = 4  # for each input of a matrix: the teacher's, the student's, and as many that wait (passes.py)
+_PRODUCT: Final = 2.0  # operations of a product, for each weight and token: multiply and add
+_WITH_GRADIENTS: Final = 3.0  # forward and backward pass have three times the products of the forward pass
+_UNPACKED: Final = 10.0 * MEASURED_MASKS  # some 10 operations to unpack a weight of a mask (sensitivity.py)
+# Heaps' law: n tokens of natural language have some 10 n^0.6 different ones.
+_HEAPS_FACTOR, _HEAPS_EXPONENT = 10.0, 0.6
+# Operations of a fit, in units of d_in^2 for each row. The probe times real fits, so only the ratios of these matter.
+_FIT: Final = 55  # for each component
+_TRIAL: Final = 34  # in each of the two directions (choice.py)
+_UNUSED_ROW: Final = 4.0  # for each component, and as many for the correction, of a row without tokens (fit/rows.py)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """The samples of a run. samples: of the text; generated: of the model; distilled: for distillation alone.
-
-    length: tokens in each. value_bytes, sampled_bytes: of a computed value, in the fit and in the generation. together:
-    samples that are generated at a time.
-    """
-
-    samples: int
-    generated: int
-    length: int
-    value_bytes: int
-    distilled: int = 0
-    sampled_bytes: int = 4
-    together: int = 32
-
-    @property
-    def calibrating(self) -> int:
-        """The generated samples of the fit; distillation alone has the others (calibration/parts.py)."""
-        return round(self.generated * self.samples / (self.samples + self.distilled))
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of all samples of the fit."""
-        return (self.samples + self.calibrating) * self.length
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageWork:
-    """The memory and the work of one stage.
-
-    memory: bytes beyond the imports.
-    products: float32 operations of products.
-    passes: tokens through a layer.
-    sums: (tokens, width) of each input whose moments are summed.
-    steps: steps of generation, through `layers` layers each.
-    fits: operations of fits.
-    matrices: (rows, width, masks) of each matrix that is fitted.
-    priced: weights whose price is measured.
-    builds: (weights, masks, times) of each matrix that distillation builds.
-    reductions: the same of each whose gradient it reduces to those of its scales (distill/parametrization.py).
-    losses: logits of a loss and of its gradient.
-    """
-
-    name: str
-    memory: int
-    products: float = 0.0
-    passes: float = 0.0
-    sums: tuple[tuple[int, int], ...] = ()
-    steps: int = 0
-    layers: int = 0
-    fits: float = 0.0
-    matrices: tuple[tuple[int, int, int], ...] = ()
-    priced: int = 0
-    builds: tuple[tuple[int, int, float], ...] = ()
-    reductions: tuple[tuple[int, int, float], ...] = ()
-    losses: float = 0.0
-
-
-def work_of(plan: Plan, options: CompressOptions, text: Text | None) -> list[StageWork]:
+def work_of(plan: Plan, options: CompressOptions, text: SampleCounts | None) -> list[StageWork]:
     """The stages of a run in order. text: None where there is no fit on a text."""
     largest = max((_values(module) for module in plan.modules), default=0)
-    write = StageWork(name="write", memory=4 * _FLOAT * largest)
+    write = StageWork(name="write", memory=_WRITE_COPIES * _FLOAT * largest)
     if text is None:
         return [write]
     stages = [_prices(plan)] if options.spends_freely else []
@@ -184,11 +135,11 @@ def _prices(plan: Plan) -> StageWork:
     return StageWork(name="plan", memory=0, priced=numbers)
 
 
-def _generate(plan: Plan, text: Text) -> StageWork:
+def _generate(plan: Plan, text: SampleCounts) -> StageWork:
     keys = sum(m.shape[0] for m in plan.modules if group_of(m.name) in _KEYS and len(m.shape) == 2)
     tokens = min(text.generated, text.together) * text.length
     pieces, steps = pieces_of(text.length)
-    logits = 3 * _FLOAT * min(text.generated, text.together) * pieces * _vocabulary(plan)
+    logits = _STEP_LOGITS_COPIES * _FLOAT * min(text.generated, text.together) * pieces * _vocabulary(plan)
     return StageWork(
         name="generate",
         memory=text.sampled_bytes * (_weights(plan) + 2 * tokens * keys) + logits,
@@ -206,7 +157,7 @@ def sensitivity_pieces(samples: int, length: int) -> int:
     return max(1, min(-(-_PASSES // samples), length // _LEAST_PIECE))
 
 
-def _sensitivity(plan: Plan, text: Text) -> StageWork:
+def _sensitivity(plan: Plan, text: SampleCounts) -> StageWork:
     samples = min(SENSITIVITY_SAMPLES, text.samples + text.calibrating)
     pieces = sensitivity_pieces(samples, text.length)
     weights = _weights(plan)
@@ -215,23 +166,23 @@ def _sensitivity(plan: Plan, text: Text) -> StageWork:
     return StageWork(
         name="sensitivity",
         memory=text.value_bytes * (weights + kept) + _some_logits(plan, text) + weights // 2,
-        passes=3.0 * tokens * len(_layers(plan)),
-        # Masks are unpacked for each piece: 3 of them, some 10 operations a weight.
-        products=6.0 * _outside(plan) * tokens + 30.0 * weights * samples * pieces,
+        passes=_WITH_GRADIENTS * tokens * len(_layers(plan)),
+        # Masks are unpacked for each piece.
+        products=_WITH_GRADIENTS * _PRODUCT * _outside(plan) * tokens + _UNPACKED * weights * samples * pieces,
     )
 
 
-def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork:
+def _table(plan: Plan, tables: Sequence[PlannedModule], text: SampleCounts) -> StageWork:
     largest = max(map(_values, tables))
     masks = max(module.components for module in tables)
-    used = 10.0 * float(text.tokens) ** 0.6  # of a text of natural language
+    used = _HEAPS_FACTOR * float(text.tokens) ** _HEAPS_EXPONENT
     # A table of which the text uses more than half of the rows is refined as a whole (fit/rows.py).
     refined = max(_values(m) if 2 * used > m.shape[0] else used * m.shape[-1] for m in tables)
     copies = _FLOAT * (largest + int(_REFINED_COPIES * refined))
     copies += (2 * max(module.dtype.itemsize for module in tables) + masks) * largest  # a sign is a byte
     work = sum(
         fit_operations(int(min(m.shape[0], used)), m.shape[-1], m.components)
-        + (4.0 * m.components + 4.0) * m.shape[0] * m.shape[-1] ** 2
+        + _UNUSED_ROW * (m.components + 1) * m.shape[0] * m.shape[-1] ** 2
         for m in tables
     )
     # The teacher's own pass on a part of the text gives a tied table its states.
@@ -240,10 +191,10 @@ def _table(plan: Plan, tables: Sequence[PlannedModule], text: Text) -> StageWork
     return StageWork(name="table", memory=text.value_bytes * _outside(plan) + copies, passes=passes, fits=work)
 
 
-def _blocks(plan: Plan, text: Text) -> StageWork:
+def _blocks(plan: Plan, text: SampleCounts) -> StageWork:
     layers = _layers(plan)
     widths = {index: _input_widths(modules) for index, modules in layers.items()}
-    kept = 4 * text.value_bytes * text.tokens * max(map(sum, widths.values()), default=0)
+    kept = _KEPT_INPUTS * text.value_bytes * text.tokens * max(map(sum, widths.values()), default=0)
     widest = max((max(its, default=0) for its in widths.values()), default=0)
     signed = [m for its in layers.values() for m in its if m.encoding is Encoding.SIGN]
     largest = max(map(_values, signed), default=0)
@@ -253,7 +204,7 @@ def _blocks(plan: Plan, text: Text) -> StageWork:
         + states
         + kept
         + 8 * _SUMS * widest**2
-        + 12 * _FLOAT * largest
+        + _BLOCK_COPIES * _FLOAT * largest
     )
     matrices = tuple((_values(m) // m.shape[-1], m.shape[-1], m.components) for m in signed)
     passes = 2.0 * len(layers) * text.tokens
@@ -271,19 +222,19 @@ def _activations(plan: Plan, tokens: int) -> int:
     return _ACTIVATIONS * tokens * sum(sum(_input_widths(modules)) for modules in _layers(plan).values())
 
 
-def _some_logits(plan: Plan, text: Text) -> int:
+def _some_logits(plan: Plan, text: SampleCounts) -> int:
     """The bytes of a loss on the logits of some tokens, with its gradient."""
-    return _LOGITS_COPIES * min(_FLOAT * text.length * _vocabulary(plan), _LOGITS)
+    return _LOGITS_COPIES * min(_FLOAT * text.length * _vocabulary(plan), LOGITS_BYTES)
 
 
-def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork:
+def _distillation(plan: Plan, options: CompressOptions, text: SampleCounts) -> StageWork:
     signed = [module for module in plan.modules if module.components]
     masked = sum(_values(module) * module.components for module in signed)
     base = sum(_values(module) * module.dtype.itemsize for module in signed)
     rest = _weights(plan) - sum(map(_values, signed))
     head = _vocabulary(plan) * _width(plan)
     states = text.value_bytes * text.length * _width(plan)
-    trained = _TRAINED_SIGN * masked * (options.distill_sign_lr > 0) + _TRAINED * rest * (options.distill_full_lr > 0)
+    trained = BYTES_A_SIGN * masked * (options.distill_sign_lr > 0) + _TRAINED * rest * (options.distill_full_lr > 0)
     student = (
         base
         + text.value_bytes * (rest + _activations(plan, text.length))
@@ -291,7 +242,7 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
         + trained
         + text.value_bytes * head
         + _some_logits(plan, text)
-        + 3 * _FLOAT * max(map(_values, signed), default=0)
+        + _DISTILL_COPIES * _FLOAT * max(map(_values, signed), default=0)
     )
     every = text.samples + text.generated + text.distilled
     held_out = options.held_out * (text.distilled + text.generated - text.calibrating)
@@ -310,7 +261,7 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
         name="distill",
         memory=max(text.value_bytes * _weights(plan), student),
         passes=len(_layers(plan)) * passes * text.length,
-        products=2.0 * head * heads * text.length,
+        products=_PRODUCT * head * heads * text.length,
         builds=builds,
         reductions=reductions,
         losses=float(_vocabulary(plan) * text.length * (learned + validated)),
@@ -318,14 +269,14 @@ def _distillation(plan: Plan, options: CompressOptions, text: Text) -> StageWork
 
 
 def _building(
-    plan: Plan, signed: Sequence[PlannedModule], text: Text, *, learned: float, validated: float
+    plan: Plan, signed: Sequence[PlannedModule], text: SampleCounts, *, learned: float, validated: float
 ) -> tuple[tuple[tuple[int, int, float], ...], ...]:
     """The builds and reductions of a distillation. learned, validated: samples.
 
     A weight is built for a forward pass and again for its backward pass: of a head for each part of the logits, of an
     embedding once, because its gradient needs no weight.
     """
-    parts = -(-_FLOAT * text.length * _vocabulary(plan) // _LOGITS)
+    parts = -(-_FLOAT * text.length * _vocabulary(plan) // LOGITS_BYTES)
     alone = plan.tied or sum(module.kind in TABLES for module in plan.modules) == 1
     builds, reductions = [], []
     for module in signed:
@@ -340,6 +291,6 @@ def _building(
 
 
 def fit_operations(rows: int, width: int, components: int) -> float:
-    """55 products with each row and component; 34 with each row of the trials, both ways."""
-    trial = 2 * 34 * min(rows, _TRIAL_ROWS)
-    return float(55 * rows * components + trial) * width**2
+    """Return the operations of the fit of a matrix: those of each row and component, and those of the trials."""
+    trials = 2 * _TRIAL * min(rows, TRIAL_ROWS)
+    return float(_FIT * rows * components + trials) * width**2

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from peraxis_format import Axis, DType, Encoding, Identity, payload_size, tensor_shapes
 from peraxis_tools.checkpoints.kinds import execution_key, kind_of, layer_of
 from peraxis_tools.compress.options import AUTO, EVERYTHING, CompressOptions, OptionError
+from peraxis_tools.deltas.whole_tensors import full_bytes
 
 __all__ = [
     "EXACT",
@@ -99,7 +100,7 @@ class Plan:
     @property
     def full_bytes(self) -> int:
         """The bytes of the fine-tuned checkpoint's tensors; tied ones count once."""
-        return sum(m.dtype.size_of(m.shape) for m in self.modules)
+        return full_bytes(self.modules)
 
     def with_choices(self, choices: Mapping[str, tuple[Encoding, int]]) -> Plan:
         """A plan with these encodings and numbers of masks, by name."""

@@ -19,7 +19,7 @@ from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.checkpoints.vocabulary import check_ids
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.budget import is_open, spend
-from peraxis_tools.compress.plan.estimate import Text, work_of
+from peraxis_tools.compress.plan.estimate import work_of
 from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan
@@ -33,7 +33,7 @@ from peraxis_tools.process.optional import require
 from peraxis_tools.texts.samples import Source
 
 if TYPE_CHECKING:
-    from peraxis_tools.compress.plan.estimate import StageWork
+    from peraxis_tools.compress.plan.stage_work import SampleCounts, StageWork
 
 __all__ = ["RunEstimate", "StageEstimate", "estimate_run"]
 
@@ -136,7 +136,7 @@ def _typical_errors(plan: Plan, options: CompressOptions) -> dict[str, list[floa
     }
 
 
-def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions, *, asked: bool) -> tuple[Text, Any]:
+def _text(planned: Plan, tuned: Checkpoint, options: CompressOptions, *, asked: bool) -> tuple[SampleCounts, Any]:
     """The samples of a run, and the model's configuration. This imports and opens the same as a run."""
     import peraxis_tools.compress.run.calibrated  # noqa: F401  as a run does
     from peraxis_tools.checkpoints.environment import (
@@ -173,7 +173,7 @@ def _is_local(options: CompressOptions) -> bool:
     return all(Path(Source.parse(text).name).exists() for text in ((named,) if isinstance(named, str) else named))
 
 
-def _seconds(works: Sequence[StageWork], config: Any, text: Text, options: CompressOptions) -> list[float]:
+def _seconds(works: Sequence[StageWork], config: Any, text: SampleCounts, options: CompressOptions) -> list[float]:
     """The processor seconds of each stage, with the threads and the library of products of a run."""
     import torch
 

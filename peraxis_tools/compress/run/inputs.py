@@ -19,8 +19,9 @@ from peraxis_tools.checkpoints.vocabulary import check_ids
 from peraxis_tools.compress.calibration.parts import calibrating
 from peraxis_tools.compress.fit.moments.collector import Batch
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES, Text
+from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
+from peraxis_tools.compress.plan.stage_work import SampleCounts
 from peraxis_tools.errors import ToolError
 from peraxis_tools.texts.samples import Ids, Samples, load_samples
 
@@ -152,7 +153,7 @@ def sampling_dtype(plan: Plan, device: torch.device, dtype: torch.dtype) -> torc
 
 def text_of(
     plan: Plan, options: CompressOptions, device: torch.device, dtype: torch.dtype, held: Samples | None
-) -> Text:
+) -> SampleCounts:
     """The samples of a run, for its estimate. dtype: that the model computes in.
 
     held: those of the texts, which may hold fewer than the options ask for; None if they are not read yet.
@@ -161,7 +162,7 @@ def text_of(
     if held is not None:
         samples = sum(calibrating(count, options.calibration_share) for count in held.counts)
         distilled, length = len(held.ids) - samples, held.ids.shape[1]
-    return Text(
+    return SampleCounts(
         samples=samples,
         generated=generated_count(plan, options),
         length=length,

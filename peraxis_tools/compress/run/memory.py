@@ -20,7 +20,7 @@ from peraxis_tools.errors import ToolError
 
 if TYPE_CHECKING:
     from peraxis_tools.compress.options import CompressOptions
-    from peraxis_tools.compress.plan.estimate import StageWork
+    from peraxis_tools.compress.plan.stage_work import StageWork
 
 __all__ = ["MachineMemory", "check_memory", "held_bytes", "machine_memory"]
 

@@ -30,14 +30,14 @@ from peraxis_tools.compress.plan.unchanged import is_unchanged, shared_rows
 from peraxis_tools.compress.run.types import FittedModule, ModuleReport
 from peraxis_tools.deltas.rows import restrict, row_blocks
 
-__all__ = ["Written", "module_delta"]
+__all__ = ["EncodedModule", "module_delta"]
 
 _F16_MAX: Final = 65504.0
 _OVERFLOW: Final = "stored exactly, because signs would make a weight infinite in F16"
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class EncodedModule:
     """A module as the file stores it. exact_saving: about the bytes that the encoding `exact` would save; 0: none."""
 
     delta: ModuleDelta
@@ -51,11 +51,11 @@ def module_delta(
     fine_tuned: Safetensors,
     fitted: FittedModule | None,
     options: CompressOptions,
-) -> Written:
+) -> EncodedModule:
     """The module for the writer, with its report. Reads one tensor pair."""
     tuned_array = fine_tuned.read(module.name)
     if module.base_shape is None or module.base_dtype is None:
-        return Written(_full(module, None, tuned_array))
+        return EncodedModule(_full(module, None, tuned_array))
     base_array = base.read(module.name)
     ref = BaseRef(dtype=module.base_dtype, shape=module.base_shape, sha256=digest_of(base_array))
     kept = shared_rows(module.shape, module.base_shape)
@@ -67,15 +67,15 @@ def module_delta(
         base_dtype=module.base_dtype,
         dtype=module.dtype,
     ):
-        return Written(_signed(module, ref, (), tail))
+        return EncodedModule(_signed(module, ref, (), tail))
     if module.encoding is Encoding.FULL:
         if options.is_exact(module.name) or (options.exact == AUTO and (fitted is None or fitted.full is None)):
-            return Written(_lossless(module, base_array, ref, tuned_array, options))
+            return EncodedModule(_lossless(module, base_array, ref, tuned_array, options))
         if fitted is not None and fitted.full is not None:
-            return Written(_full(module, ref, fitted.full), fitted.report)
+            return EncodedModule(_full(module, ref, fitted.full), fitted.report)
         whole = _full(module, ref, tuned_array)
         saving = 0 if kept is None else _exact_saving(whole, base_array, tuned_array)
-        return Written(whole, None if fitted is None else fitted.report, exact_saving=saving)
+        return EncodedModule(whole, None if fitted is None else fitted.report, exact_saving=saving)
     components: tuple[Component, ...] = ()
     report = None
     if fitted is not None:
@@ -88,14 +88,14 @@ def module_delta(
             raise
     delta = _signed(module, ref, components, tail)
     if components and _overflows(delta, base_array[:kept], module.base_dtype):
-        return Written(_lossless(module, base_array, ref, tuned_array, options), ModuleReport(note=_OVERFLOW))
+        return EncodedModule(_lossless(module, base_array, ref, tuned_array, options), ModuleReport(note=_OVERFLOW))
     if options.exact == AUTO:
         lossless = _lossless(module, base_array, ref, tuned_array, options)
         if _payload_bytes(lossless) < _payload_bytes(delta):
-            return Written(lossless)
+            return EncodedModule(lossless)
     elif components:
-        return Written(delta, report, exact_saving=_exact_saving(delta, base_array, tuned_array))
-    return Written(delta, report)
+        return EncodedModule(delta, report, exact_saving=_exact_saving(delta, base_array, tuned_array))
+    return EncodedModule(delta, report)
 
 
 def _exact_saving(delta: ModuleDelta, base: Array, tuned: Array) -> int:

@@ -25,9 +25,10 @@ from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, Matrix
 from peraxis_tools.compress.fit.moments.sums import Moments, Statistics
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
-from peraxis_tools.compress.plan.estimate import StageWork, Text, fit_operations
+from peraxis_tools.compress.plan.estimate import fit_operations
 from peraxis_tools.compress.plan.plan import PlannedModule
 from peraxis_tools.compress.plan.price import PRICED_ROWS, measured_errors
+from peraxis_tools.compress.plan.stage_work import SampleCounts, StageWork
 
 __all__ = ["Probe", "probe_of", "warm_up"]
 
@@ -95,7 +96,7 @@ class Probe:
         return self._fits[rows, width, masks]
 
 
-def probe_of(config: Any, text: Text, *, batch: int, sampled: torch.dtype, refine: bool) -> Probe:
+def probe_of(config: Any, text: SampleCounts, *, batch: int, sampled: torch.dtype, refine: bool) -> Probe:
     """Measure the costs of this machine. batch: samples in a batch; sampled: the dtype of generation."""
     tokens = max(1, min(batch, _TOKENS // text.length)) * text.length
     token = _layer_seconds(config, torch.float32, (tokens // text.length, text.length)) / tokens

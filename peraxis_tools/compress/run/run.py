@@ -12,51 +12,36 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from peraxis_format import (
-    DeltaWriter,
-    Encoding,
-    Manifest,
-    ShapeError,
-)
-from peraxis_format import open as open_delta
-from peraxis_tools.checkpoints.assets import LEFT_BEHIND
+from peraxis_format import Encoding, ShapeError
 from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.checkpoints.completeness import note_missing
 from peraxis_tools.compress.options import CompressOptions
-from peraxis_tools.compress.plan.budget import is_open, spend, target_of
+from peraxis_tools.compress.plan.budget import is_open, spend
 from peraxis_tools.compress.plan.finite import check_pair_finite
 from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
-from peraxis_tools.compress.plan.plan import Plan, PlannedModule
+from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.price import prices
-from peraxis_tools.compress.plan.record import PLAN_KEY, plan_text, report_text
-from peraxis_tools.compress.plan.saving import check_saving, saves
+from peraxis_tools.compress.plan.saving import check_saving
 from peraxis_tools.compress.plan.size import with_file_bytes
-from peraxis_tools.compress.run.module_delta import Written, module_delta
+from peraxis_tools.compress.run.delta_file import WrittenDelta, read_delta, write_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
-from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, ModuleReport, RunFit
-from peraxis_tools.deltas.blocks import count_blocks
-from peraxis_tools.deltas.metadata_keys import CONFIG_KEY, DISTILLATION_KEY, REPORT_KEY
+from peraxis_tools.compress.run.types import OPEN_STEPS, Fitting, RunFit
+from peraxis_tools.deltas.metadata_keys import DISTILLATION_KEY
 from peraxis_tools.deltas.module_counts import count_encodings
 from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Staged, StagedProgress, watched_stages
-from peraxis_tools.display.shown import counted
 from peraxis_tools.outputs.rules import claim_delta
 from peraxis_tools.process.optional import require
-from peraxis_tools.process.parallel import ordered_map
 from peraxis_tools.process.threads import one_blas_thread
 from peraxis_tools.texts.samples import check_calibration
 
 __all__ = ["CompressResult", "compress"]
 
-# A tensor in work takes its own bytes, its base's, and twice that in binary32 if a second mask is fitted.
-_BYTES_IN_FLIGHT_PER_TENSOR = 4
-_AHEAD_BYTES = 512 << 20
-_EXACT_SAVING = 0.2  # the share of a file that exact tensors would save, from which a note says so
 _NO_TEXT = (
     "no calibration text: scales are mean magnitudes; calibration (--calibration c4, or your own text) gives a better "
     "fit of the same size"
@@ -154,28 +139,22 @@ def _compress_pair(
     planned = _planned(base, fine_tuned, options, progress, force=force)
     if options.fit == "auto" and options.calibration is None and any(module.components for module in planned.modules):
         note(_NO_TEXT)
-    written: tuple[Manifest, int, Mapping[str, int], Mapping[str, str]] | None = None
+    written: WrittenDelta | None = None
     if options.resolved_fit != "none":
         progress("open", 0, OPEN_STEPS)  # imports of the next line included
     with _fitting(base, fine_tuned, output, options, progress, asked=asked) as fitting:
         fitting.open()
         if options.has_target:
             planned = spend(planned, fitting.errors(planned), options)
-            planned = _foretold(planned, base, fine_tuned, options, force=force)
+            planned = _with_checked_size(planned, base, fine_tuned, options, force=force)
         elif options.spends_freely:
-            planned = _spent(planned, base, fine_tuned, options, progress)
+            planned = _spend_without_text(planned, base, fine_tuned, options, progress)
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
         if fitting.writes:
-            written = _write(base, fine_tuned, fit, output, options, progress, overwrite=overwrite, force=force)
-    if written is None:
-        with open_delta(output) as delta:
-            exact = [entry.name for entry in delta.manifest.modules if entry.encoding is Encoding.EXACT]
-            blocks = sum((count_blocks(delta.load(name)) for name in exact), Counter[str]())
-            notes = {name: module.report.note for name, module in fit.modules.items() if module.report.note}
-            written = delta.manifest, delta.size, blocks, notes
-    return _result(output, *written, fit, options)
+            written = write_delta(base, fine_tuned, fit, output, options, progress, overwrite=overwrite, force=force)
+    return _result(output, written or read_delta(output, fit), fit, options)
 
 
 def _fitting(
@@ -194,13 +173,15 @@ def _planned(
     """The plan; without a target its saving is checked. Reads the pair's weights if a fit will use them."""
     planned = plan_pair(base, fine_tuned, options)
     if not options.has_target:
-        planned = _foretold(planned, base, fine_tuned, options, force=force)
+        planned = _with_checked_size(planned, base, fine_tuned, options, force=force)
     if options.has_target or options.resolved_fit != "none":
         check_pair_finite(planned.modules, base.tensors, fine_tuned.tensors, progress)
     return planned
 
 
-def _spent(planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Staged) -> Plan:
+def _spend_without_text(
+    planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, progress: Staged
+) -> Plan:
     """The bytes of this plan, spent by the prices that need no text."""
     try:
         errors = prices([m for m in planned.modules if is_open(m, options)], base.tensors, fine_tuned.tensors)
@@ -210,7 +191,7 @@ def _spent(planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: Com
     return with_file_bytes(spend(planned, errors, options), fine_tuned, options)
 
 
-def _foretold(
+def _with_checked_size(
     planned: Plan, base: Checkpoint, fine_tuned: Checkpoint, options: CompressOptions, *, force: bool
 ) -> Plan:
     """The plan with the size of its file, whose saving is checked."""
@@ -219,109 +200,9 @@ def _foretold(
     return planned
 
 
-def _write(
-    base: Checkpoint,
-    fine_tuned: Checkpoint,
-    fit: RunFit,
-    output: Path,
-    options: CompressOptions,
-    progress: Staged,
-    *,
-    overwrite: bool,
-    force: bool,
-) -> tuple[Manifest, int, Mapping[str, int], Mapping[str, str]]:
-    """Write the file, unless it saves too little.
-
-    Returns its manifest, its size in bytes, the modes of the blocks of its exact modules, and the notes on modules.
-    """
-    planned = fit.plan
-    reports: dict[str, ModuleReport] = {}
-    blocks: Counter[str] = Counter()
-    savings: list[int] = []
-    with DeltaWriter(
-        output,
-        base=base.identity,
-        fine_tuned=fine_tuned.identity,
-        calibration=fit.calibration,
-        overwrite=overwrite,
-    ) as writer:
-        done, total = 0, planned.full_bytes
-
-        def made(module: PlannedModule) -> Written:
-            return module_delta(module, base.tensors, fine_tuned.tensors, fit.modules.get(module.name), options)
-
-        def held(module: PlannedModule) -> int:
-            return _BYTES_IN_FLIGHT_PER_TENSOR * fine_tuned.tensors[module.name].size
-
-        # One tensor is read and hashed while another is fitted.
-        for found in ordered_map(made, planned.modules, cost=held, budget=_AHEAD_BYTES):
-            name = found.delta.name
-            writer.add(found.delta)
-            blocks += count_blocks(found.delta)
-            savings += [found.exact_saving] if found.exact_saving else []
-            if found.report is not None:
-                reports[name] = found.report
-            done += fine_tuned.tensors[name].size
-            progress("write", done, total)
-        for name, alias in planned.tied:
-            writer.tie(name, alias)
-        for name in planned.dropped:
-            writer.drop(name)
-        for path, data in fine_tuned.assets():
-            writer.add_asset(path, data)
-        if planned.left_behind:
-            writer.metadata[LEFT_BEHIND] = planned.left_behind
-        writer.metadata[CONFIG_KEY] = options.canonical_json()
-        writer.metadata[PLAN_KEY] = plan_text(planned)
-        writer.metadata.update(fit.metadata)
-        _add_report(writer, planned, reports, target_of(planned, options))
-        _note_exact(savings, writer.file_size(), options)
-        if saves(planned, planned.file_bytes or 0):  # otherwise the note was made, and it is forced
-            check_saving(planned, base, fine_tuned, size=writer.file_size(), force=force)
-        for checkpoint in (base, fine_tuned):
-            checkpoint.tensors.check_unchanged()
-        said = {name: report.note for name, report in reports.items() if report.note}
-        return writer.finish(), writer.size, blocks, said
-
-
-def _note_exact(savings: Sequence[int], size: int, options: CompressOptions) -> None:
-    """Note where exact tensors would save a good part of the file. savings: of modules that they would make smaller."""
-    if sum(savings) >= _EXACT_SAVING * size:
-        how = "--exact auto, without a target" if options.has_target else "--exact auto"
-        found = f"{counted(len(savings), 'tensor')} changed only in part"
-        note(f"{found}; exact ({how}) would store them without loss, in about {sum(savings)} bytes less")
-
-
-def _add_report(writer: DeltaWriter, planned: Plan, reports: Mapping[str, ModuleReport], target: int | None) -> None:
-    """Add the report of the fit; without its notes, or not at all, where the file would exceed the target.
-
-    The plan knows the size of the errors, but not which modules will have a note.
-    """
-    names = [module.name for module in planned.modules]
-    lines = {n: (r.error, r.error_none, r.error_same, r.note) for n, r in reports.items()}
-    whole = report_text(names, lines)
-    for said in (whole, report_text(names, {n: (*line[:3], "") for n, line in lines.items()}), ""):
-        writer.metadata.pop(REPORT_KEY, None)
-        if said:
-            writer.metadata[REPORT_KEY] = said
-        if target is None or writer.file_size() <= target:
-            break
-    else:
-        note(f"{writer.path}: {writer.file_size()} bytes, above the target of {target}")
-    if said != whole:
-        note(f"{writer.path}: the report of the fit lacks its notes or is left out, to keep the file within the target")
-
-
-def _result(
-    output: Path,
-    manifest: Manifest,
-    size: int,
-    blocks: Mapping[str, int],
-    notes: Mapping[str, str],
-    fit: RunFit,
-    options: CompressOptions,
-) -> CompressResult:
+def _result(output: Path, written: WrittenDelta, fit: RunFit, options: CompressOptions) -> CompressResult:
     """The result for a written file; notes a fine-tune without any change."""
+    manifest, size = written.manifest, written.size
     encodings = count_encodings(module.encoding for module in manifest.modules)
     if encodings.get(Encoding.SAME.value, 0) == len(manifest.modules):
         note(f"{output}: holds no change, because every tensor is stored as the base's; check the pair, and the target")
@@ -335,10 +216,10 @@ def _result(
         fit=options.resolved_fit,
         module_count=len(manifest.modules),
         encodings=encodings,
-        blocks=dict(blocks),
+        blocks=dict(written.blocks),
         prefer=options.prefer,
         axis_counts=dict(sorted(axes.items())),
-        notes=dict(notes),
+        notes=dict(written.notes),
         calibration_samples=fit.calibration.samples if fit.calibration else 0,
         calibration_tokens=fit.tokens,
         distillation=manifest.metadata.get(DISTILLATION_KEY, ""),

@@ -23,7 +23,7 @@ from peraxis_tools.compress.plan.estimate import TABLE_TOKENS
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.process.heap import trim_heap
 
-__all__ = ["Batch", "MomentsCollector", "Side", "Text"]
+__all__ = ["Batch", "MomentsCollector", "Side", "TextBatches"]
 
 _THREADS: Final = 64  # suspended passes at most
 _LARGE_SUMS: Final = 32 << 20
@@ -38,11 +38,12 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """every: the batches of all processes. places: the numbers of those of this process, at least one.
+class TextBatches:
+    """The batches of the calibration text.
 
-    crossed: the validation batches are another text, which the others validate too (sums.py). idle: the batches of this
-    process are not added to the moments; they run, so that it takes part in every step.
+    every: those of all processes. places: the numbers of those of this process, at least one. crossed: the validation
+    batches are another text, which the others validate too (sums.py). idle: the batches of this process are not added
+    to the moments; they run, so that it takes part in every step.
     """
 
     every: Sequence[Batch]
@@ -60,7 +61,7 @@ class Text:
         """Whether any batch is for validation."""
         return any(batch.validation for batch in self.every)
 
-    def enough_for(self, width: int) -> Text:
+    def enough_for(self, width: int) -> TextBatches:
         """Return a share of the batches, the same for the fit and for validation, with enough tokens for one fit of
         this width.
 
@@ -92,7 +93,7 @@ class MomentsCollector:
         student: Side,
         names: Sequence[str],
         *,
-        text: Text,
+        text: TextBatches,
         processes: Processes,
         is_fitted: Callable[[Stage], bool],
         room: int,
