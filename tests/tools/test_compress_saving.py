@@ -89,3 +89,15 @@ def test_a_dry_run_says_that_the_run_needs_force(tmp_path: Path, caplog: pytest.
     caplog.clear()
     estimate_run(base, tuned, options=options, force=True)
     assert not any("force" in record.message for record in caplog.records)
+
+
+def test_weights_that_a_small_target_leaves_at_the_base_are_noted_with_their_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, tuned = pair(tmp_path, 256)
+    for size, noted in ((14_000, True), (30_000, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "peraxis"):
+            compress(base, tuned, tmp_path / f"{size}.pxd", target_size=size)
+        share = [record.getMessage() for record in caplog.records if "stay as in the base" in record.getMessage()]
+        assert [text.startswith("50% of the weights in matrices") for text in share] == [True] * noted

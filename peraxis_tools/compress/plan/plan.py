@@ -21,6 +21,7 @@ from peraxis_tools.deltas.whole_tensors import full_bytes
 
 __all__ = [
     "EXACT",
+    "LEFT_AT_BASE",
     "TABLES",
     "UNCHANGED",
     "WITHIN_BUDGET",
@@ -35,6 +36,7 @@ __all__ = [
 _AUTO_EMBEDDING_MASKS: Final = 3
 EXACT: Final = "exact"  # the reason of tensors that were requested losslessly
 WITHIN_BUDGET: Final = "within the budget"
+LEFT_AT_BASE: Final = "the budget buys more elsewhere"
 UNCHANGED: Final = "unchanged"
 TABLES: Final = ("embedding", "lm_head")
 
@@ -108,7 +110,7 @@ class Plan:
         for module in self.modules:
             encoding, components = choices.get(module.name, (module.encoding, module.components))
             changed = (encoding, components) != (module.encoding, module.components)
-            reason = "the budget buys more elsewhere" if encoding is Encoding.SAME else WITHIN_BUDGET
+            reason = LEFT_AT_BASE if encoding is Encoding.SAME else WITHIN_BUDGET
             reason = "" if encoding is Encoding.SIGN else reason if changed else module.reason
             modules.append(replace(module, components=components, encoding=encoding, reason=reason))
         return replace(self, modules=tuple(modules))

@@ -1,20 +1,25 @@
-"""Check that a delta saves enough: the whole file of the plan, and the written file.
+"""Check that a delta saves enough, and note where it saves too much: the whole file of the plan, and the written file.
 
 A lossless delta (`exact`) is not checked: its size depends on the number of changes, which the plan does not know.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from typing import Final
 
 from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.compress.plan.pairing import quantised_side
-from peraxis_tools.compress.plan.plan import EXACT, WITHIN_BUDGET, Plan
+from peraxis_tools.compress.plan.plan import EXACT, LEFT_AT_BASE, WITHIN_BUDGET, Plan
 from peraxis_tools.deltas.whole_tensors import SAVING_MIN
 from peraxis_tools.display.notes import note
 from peraxis_tools.errors import ToolError
 
-__all__ = ["check_saving", "note_saving", "saves"]
+__all__ = ["check_saving", "note_left_at_base", "note_saving", "saves"]
+
+# With a text a twelfth of a checkpoint leaves none, and a sixteenth a quarter, at several times the KL (figures.md).
+_SHARE_LEFT: Final = 0.1
 
 
 def saves(plan: Plan, size: int) -> bool:
@@ -37,6 +42,19 @@ def note_saving(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, *, size: i
     if not saves(plan, size):
         saved = _little_saved(plan, base, fine_tuned, size)
         note(f"{saved}; if every tensor changed, the run will be refused without force (--force)")
+
+
+def note_left_at_base(plan: Plan, *, calibrated: bool) -> None:
+    """Note which share of the matrices' weights stays as in the base, if the target leaves too few bytes for them."""
+    open_to_signs = [module for module in plan.modules if module.components or module.reason == LEFT_AT_BASE]
+    left = sum(math.prod(module.shape) for module in open_to_signs if not module.components)
+    share = left / max(1, sum(math.prod(module.shape) for module in open_to_signs))
+    if share < _SHARE_LEFT:
+        return
+    remedy = "allow more bytes"
+    if not calibrated:
+        remedy = "pass calibration (--calibration), because a text shows better uses of the bytes, or allow more"
+    note(f"{100 * share:.0f}% of the weights in matrices stay as in the base, because the target is small; {remedy}")
 
 
 def _little_saved(plan: Plan, base: Checkpoint, fine_tuned: Checkpoint, size: int) -> str:

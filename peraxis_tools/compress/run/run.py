@@ -26,7 +26,7 @@ from peraxis_tools.compress.plan.pair_plan import plan_pair, with_text
 from peraxis_tools.compress.plan.pairing import matched
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.plan.price import prices
-from peraxis_tools.compress.plan.saving import check_saving
+from peraxis_tools.compress.plan.saving import check_saving, note_left_at_base
 from peraxis_tools.compress.plan.size import with_file_bytes
 from peraxis_tools.compress.run.delta_file import WrittenDelta, read_delta, write_delta
 from peraxis_tools.compress.run.streamed import StreamedFit
@@ -149,6 +149,7 @@ def _compress_pair(
             planned = _with_checked_size(planned, base, fine_tuned, options, force=force)
         elif options.spends_freely:
             planned = _spend_without_text(planned, base, fine_tuned, options, progress)
+        note_left_at_base(planned, calibrated=options.resolved_fit != "none")
         if show_plan is not None:
             show_plan(planned)
         fit = fitting.fit(planned)
