@@ -1,8 +1,8 @@
 """The files that a loaded model needs, its configuration and its tokenizer: whether a fine-tune has its own.
 
 A training script often saves neither, or a tokenizer's settings without its vocabulary. Both are then the base's, and a
-note says so. A tokenizer of the base is not taken for a vocabulary of another size. Updates are different: all that a
-state has not as the state before it is in the update (assets.py). A whole state of another model gets no file at all.
+note says so. A tokenizer of the base is not taken for a vocabulary of another size. An update is different: it carries
+every file that differs from the state before it (assets.py). An anchor of another model is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def takes_tokenizer(delta: pxd.DeltaFile, base: Checkpoint) -> bool:
 
 
 def refuse_foreign(first: pxd.DeltaFile, base: Checkpoint) -> None:
-    """Refuse a whole state of another model, which binds no tensor of the base but would get its other files.
+    """Refuse an anchor of another model, which binds no tensor of the base but would get its other files.
 
     first: the delta, or the first update of a chain.
     """

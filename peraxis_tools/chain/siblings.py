@@ -80,7 +80,7 @@ def order_fault(folder: Path) -> str | None:
 
 
 def _links(folder: Path) -> Iterator[Link]:
-    """The links of the updates in a folder; a file that is none has no link."""
+    """Return the links of the updates in a folder; other files are passed over."""
     for path in sorted(folder.glob("*.pxd")):
         with contextlib.suppress(pxd.PxdError, ToolError, OSError):
             yield link_of(path)
@@ -110,7 +110,7 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
     try:
         known = predecessors(kept)
     except CheckFailedError:
-        return  # the others have no order already
+        return  # the folder was not one chain before this update
     twin = _twin(new, kept, known)
     if twin is not None:
         note(f"{shown}: repeats {twin.path}, so `log` and `apply` will refuse the folder; delete one of them")
