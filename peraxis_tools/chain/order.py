@@ -68,7 +68,7 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     by_id: dict[str, Link] = {}
     for link in given:
         if link.content_id in by_id:
-            raise CheckFailedError(f"{link.path}: is the same update as {by_id[link.content_id].path}; pass it once")
+            raise CheckFailedError(_repeated(link.path, by_id[link.content_id].path))
         by_id[link.content_id] = link
     before = predecessors(given)
     first = [link for link in given if before[link.content_id] is None]
@@ -91,6 +91,12 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
         left = next(link for link in given if link not in ordered)
         raise CheckFailedError(f"{left.path}: a ring; following its predecessors leads back to it")
     return ordered
+
+
+def _repeated(path: Path, other: Path) -> str:
+    """The error of an update that is given twice. The caller of a folder passed it once, so a copy must go."""
+    in_one_folder = path != other and path.parent == other.parent
+    return f"{path}: is the same update as {other}; {'delete one of them' if in_one_folder else 'pass it once'}"
 
 
 def predecessors(links: Sequence[Link], *, strict: bool = True) -> dict[str, Link | None]:
