@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from peraxis_format.manifest import NO_BASE
 from peraxis_tools.blocks import blocks_text
 from peraxis_tools.chain.log import ChainLog, LogEntry
 from peraxis_tools.chain.write import UpdateResult
@@ -48,10 +49,15 @@ def render_log(chain: ChainLog, console: Console) -> None:
     for entry in _in_order(chain):
         table.add_row(text(entry.name), _changed(entry), size(entry.bytes), text(_short(entry.result)))
     console.print(table)
-    console.print(f"made on  {text(chain.updates[0].base)}")
+    console.print(f"made on  {_base(chain.updates[0])}")
     if chain.folded:
         names = ", ".join(entry.name for entry in chain.folded)
         console.print(f"folded   {text(names)}: not needed by the chain")
+
+
+def _base(first: LogEntry) -> str:
+    """The state that a chain was made on. The digest of an anchor's base is that of no tensor at all."""
+    return "no base: the chain begins with an anchor" if first.base == NO_BASE else text(first.base)
 
 
 def _in_order(chain: ChainLog) -> Iterator[LogEntry]:
