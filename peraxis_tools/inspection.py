@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import peraxis_format as pxd
-from peraxis_format.manifest import NO_BASE
 from peraxis_tools.delta_parts import is_part
 from peraxis_tools.kinds import KINDS, group_of, kind_of
 
@@ -110,7 +109,7 @@ def select(result: InspectResult, pattern: str) -> InspectResult:
 
 def needs_no_base(manifest: pxd.Manifest) -> bool:
     """Whether this is an anchor. The digest of its base is that of no tensor at all, and its name is of no use."""
-    return manifest.result is not None and manifest.base.digest == NO_BASE and not is_part(manifest)
+    return manifest.result is not None and manifest.base.digest == pxd.NO_BASE and not is_part(manifest)
 
 
 def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:

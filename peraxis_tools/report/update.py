@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from peraxis_format.manifest import NO_BASE
+import peraxis_format as pxd
 from peraxis_tools.blocks import blocks_text
 from peraxis_tools.chain.log import ChainLog, LogEntry
 from peraxis_tools.chain.write import UpdateResult
@@ -57,7 +57,7 @@ def render_log(chain: ChainLog, console: Console) -> None:
 
 def _base(first: LogEntry) -> str:
     """The state that a chain was made on. The digest of an anchor's base is that of no tensor at all."""
-    return "no base: the chain begins with an anchor" if first.base == NO_BASE else text(first.base)
+    return "no base: the chain begins with an anchor" if first.base == pxd.NO_BASE else text(first.base)
 
 
 def _in_order(chain: ChainLog) -> Iterator[LogEntry]:
