@@ -33,6 +33,7 @@ FORMAT = (
         "bits",
         "strict_json",
         "canonical",
+        "chain_names",
     ),
     *("interrupts", "files", "opening", "delta", "exact", "manifest", "schema_types"),
     *(

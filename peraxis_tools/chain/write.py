@@ -18,7 +18,7 @@ from peraxis_tools.assets import changed_groups
 from peraxis_tools.blocks import count_blocks
 from peraxis_tools.chain.opened import opened_in_order
 from peraxis_tools.chain.order import Link
-from peraxis_tools.chain.siblings import own_turn, refuse_disorder
+from peraxis_tools.chain.siblings import own_turn, refuse_disorder, refuse_other_name
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState, state_after
 from peraxis_tools.checkpoint import Checkpoint, open_checkpoint
@@ -96,6 +96,8 @@ def update(
         open_checkpoint(new) as fine_tuned,
         open_chain(before, after) as (state, links),
     ):
+        if links:
+            refuse_other_name(output, links[-1])
         check_pair(state, fine_tuned)
         assets = changed_groups(dict(state.assets(checked=False)), dict(fine_tuned.assets()))
         job = UpdateJob(
