@@ -236,6 +236,9 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
             step(job.new[module.name].size)
         for name, alias in tied:
             writer.tie(name, alias)
+        # The head of a tied model, which a trainer lists as an alias and transformers never saves, is dropped too: the
+        # result is the new checkpoint, tensor by tensor. Whether the model still ties it, only its configuration says,
+        # so an alias that is kept might be wrong. A live model that ties it takes the update as it is.
         for name in (*job.old, *job.old.foreign):
             if name not in job.new:
                 writer.drop(name)

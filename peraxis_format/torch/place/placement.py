@@ -51,7 +51,7 @@ def place(
             placement[entry.name] = _distinct([_checked(entry, part, mixed=mixed) for part in placement[entry.name]])
     _refuse_composed(missing, finder)
     _refuse_missing(manifest, missing)
-    _refuse_dropped(manifest, finder)
+    _refuse_dropped(manifest, finder, placement)
     _refuse_shared(manifest, placement)
     return placement
 
@@ -144,13 +144,21 @@ def _refuse_missing(manifest: Manifest, missing: list[str]) -> None:
         )
 
 
-def _refuse_dropped(manifest: Manifest, finder: Finder) -> None:
-    left = [name for name in manifest.dropped if name in finder.live]
+def _refuse_dropped(manifest: Manifest, finder: Finder, placement: Placement) -> None:
+    # A checkpoint without the head of a tied model has all of it: the model ties the head itself, so its storage is
+    # that of a module, and is written with it.
+    held = {storage_key(part.live) for parts in placement.values() for part in parts}
+    left = [name for name in manifest.dropped if name in finder.live and _storage_key(finder.live[name]) not in held]
     if left:
         raise LiveModelError(
             f"the fine-tune has no {left[0]!r}, but the live model uses it; write the checkpoint with "
             "`peraxis-tools apply`"
         )
+
+
+def _storage_key(tensor: Any) -> tuple[Any, ...]:
+    """storage_key of a tensor, or of this rank's piece of a DTensor."""
+    return storage_key(tensor.to_local() if hasattr(tensor, "placements") else tensor)
 
 
 def _content(entry: ModuleEntry) -> tuple[object, ...]:
