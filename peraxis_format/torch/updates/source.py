@@ -161,8 +161,8 @@ class Way:
 def chain_of(folder: Path) -> Way | None:
     """The way to the last state of a folder that a trainer continues; None if the folder has no chain.
 
-    Raises LiveModelError for a file that cannot be read, a gap, updates without an anchor, and updates that continue the
-    chain under other names, because the next update would be a fork.
+    Raises LiveModelError for a file that cannot be read, a gap, updates without an anchor, and updates that continue
+    the chain under other names, because the next update would be a fork.
     """
     files, others, problems = _listed(folder, {})
     if folder in problems:
