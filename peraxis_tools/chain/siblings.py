@@ -42,8 +42,8 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
 
 
 def refuse_other_name(output: str | Path, before: Link) -> None:
-    """Refuse an update that continues the chain of a trainer, here or at a URL, under another name than that of the next
-    step: the trainer and its servers would pass over it. `refuse_disorder` does so too, when the update is made.
+    """Refuse an update that continues the chain of a trainer, here or at a URL, under another name than that of the
+    next step: the trainer and its servers would pass over it. `refuse_disorder` does so too, when the update is made.
 
     before: the update before it. Raises CheckFailedError, ToolError if the URL cannot be read.
     """

@@ -54,10 +54,7 @@ def chain_of_a_trainer(tmp_path: Path, place: str | Path) -> tuple[dict[str, tor
     writer.step()
     weights["a"] += 1
     writer.step()
-    states = []
-    for number in range(3):
-        states.append(saved(tmp_path / f"state-{number + 1}", {"a": weights["a"] + number}))
-    return weights, states
+    return weights, [saved(tmp_path / f"state-{i + 1}", {"a": weights["a"] + i}) for i in range(3)]
 
 
 @pytest.mark.parametrize("place", ["folder", "url"])
@@ -68,9 +65,10 @@ def test_update_goes_on_in_a_trainers_chain_under_the_name_of_the_next_step_alon
     run = str(tmp_path / "run") if place == "folder" else f"memory://{uuid.uuid4().hex}/run"
     weights, states = chain_of_a_trainer(tmp_path, run)
     wanted = r"follows step-00000001\.pxd of a trainer's chain, .*; write it to step-00000002\.pxd$"
-    with monkeypatch.context() as patch, pytest.raises(CheckFailedError, match=rf"{name}: {wanted}"):
+    with monkeypatch.context() as patch:
         patch.setattr("peraxis_tools.chain.write.write_update", None)  # it is refused before the work
-        peraxis.update(states[0], states[1], f"{run}/{name}", after=run)
+        with pytest.raises(CheckFailedError, match=rf"{name}: {wanted}"):
+            peraxis.update(states[0], states[1], f"{run}/{name}", after=run)
     # The state before it is that of the last step, which is only known when the update is made.
     with pytest.raises(CheckFailedError, match=rf"{name}: {wanted}"):
         peraxis.update(states[0], states[1], f"{run}/{name}")

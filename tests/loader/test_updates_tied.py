@@ -54,7 +54,7 @@ def test_a_trainer_and_update_take_turns_on_a_tied_model(order: str, tmp_path: P
     follower = follow(live, run)
     for step, writer in enumerate(order, 1):
         train(model)
-        before, state = state, saved(model, tmp_path / str(step))
+        state = saved(model, tmp_path / str(step))
         if writer == "W":
             again = UpdateWriter(model, run)
             assert (again.step_number, again.step().step) == (step - 1, step)
@@ -103,7 +103,7 @@ def test_a_delta_that_drops_the_head_is_applied_to_a_tied_model(tmp_path: Path) 
         )
         writer.drop("head.weight")
         writer.finish()
-    with pytest.raises(LiveModelError, match="has no 'head.weight', but the live model uses it"):
+    with pytest.raises(LiveModelError, match=r"has no 'head\.weight', but the live model uses it"):
         apply_(tensors, path)
     tensors["head.weight"] = tensors["embed.weight"]
     apply_(tensors, path)
