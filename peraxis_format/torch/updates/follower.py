@@ -26,7 +26,7 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, together
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
-from peraxis_format.torch.updates.errors import UpdateError
+from peraxis_format.torch.updates.errors import UpdateError, advised
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import (
@@ -250,7 +250,8 @@ class Follower:
                     delta = stack.enter_context(DeltaFile(self._here(update)))
                     if delta.content_id != update.content_id:
                         raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
-                apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+                with advised(update.previous, follows=True):
+                    apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
                 self._warn_left_out(delta)
         except TornError:
             raise
