@@ -20,6 +20,7 @@ from peraxis_format.binding import (
 )
 from peraxis_format.bits import mask_width, pack_signs, unpack_signs
 from peraxis_format.canonical import canonical_json
+from peraxis_format.chain_names import step_name, step_of
 from peraxis_format.checkpoint import INDEX_NAME, SINGLE_NAME, Safetensors, TensorInfo
 from peraxis_format.container import Header, TensorRecord, file_size, header_bytes, layout
 from peraxis_format.delta import (
@@ -59,6 +60,7 @@ from peraxis_format.manifest import (
     ASSET_PATH,
     CHANGED_KEY,
     COMPONENTS_MAX,
+    NO_BASE,
     PART_KEY,
     Asset,
     BaseIdentity,
@@ -88,6 +90,7 @@ __all__ = [
     "EXPONENT_MIN",
     "INDEX_NAME",
     "NAME",
+    "NO_BASE",
     "PART_KEY",
     "SINGLE_NAME",
     "ArgumentError",
@@ -157,6 +160,8 @@ __all__ = [
     "remove_leftovers",
     "scale_factors",
     "scale_shapes",
+    "step_name",
+    "step_of",
     "sync_folder",
     "tensor_shapes",
     "to_float32",

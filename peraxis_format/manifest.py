@@ -37,6 +37,7 @@ __all__ = [
     "FEATURES",
     "METADATA_MAX",
     "MODULES_MAX",
+    "NO_BASE",
     "PART_KEY",
     "TENSOR_MAX",
     "Asset",
@@ -202,6 +203,10 @@ def base_digest(modules: Iterable[ModuleEntry]) -> str:
             opening = b","
     digest.update(b"]" if opening == b"," else b"[]")
     return "sha256:" + digest.hexdigest()
+
+
+NO_BASE: Final = base_digest(())
+"""The base digest of a file that binds no tensor of a base, like an anchor."""
 
 
 def result_digest(modules: Iterable[ModuleEntry]) -> str | None:

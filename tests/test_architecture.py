@@ -33,6 +33,7 @@ FORMAT = (
         "bits",
         "strict_json",
         "canonical",
+        "chain_names",
     ),
     *("interrupts", "files", "opening", "delta", "exact", "manifest", "schema_types"),
     *(
@@ -47,6 +48,7 @@ FORMAT = (
     ),
     *("ops.tensors", "ops.rebuild", "ops.exact.triton", "ops.exact.torch", "reader", "writer", "testing", "ops"),
     *(
+        "torch.place.remedies",
         "torch.place.renamed",
         "torch.place.shards",
         "torch.place.finder",

@@ -24,7 +24,7 @@ _UNFORK: Final = "leave one of them out, or write it again with `update --after`
 class Link:
     """The place of one update, from its header. base, result: digests over all tensors before and after.
 
-    whole: whether it is a whole state, which needs no base.
+    is_anchor: whether it is an anchor, which is a whole state that needs no base.
     """
 
     path: Path
@@ -32,7 +32,7 @@ class Link:
     previous: str | None
     base: str
     result: str
-    whole: bool = False
+    is_anchor: bool = False
 
 
 def link_of(path: str | Path) -> Link:
@@ -52,7 +52,7 @@ def link_from(path: str | Path, manifest: pxd.Manifest) -> Link:
         previous=manifest.previous,
         base=manifest.base.digest,
         result=manifest.result,
-        whole=all(module.base is None for module in manifest.modules),
+        is_anchor=all(module.base is None for module in manifest.modules),
     )
 
 
@@ -68,7 +68,7 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     by_id: dict[str, Link] = {}
     for link in given:
         if link.content_id in by_id:
-            raise CheckFailedError(f"{link.path}: is the same update as {by_id[link.content_id].path}; pass it once")
+            raise CheckFailedError(_repeated(link.path, by_id[link.content_id].path))
         by_id[link.content_id] = link
     before = predecessors(given)
     first = [link for link in given if before[link.content_id] is None]
@@ -93,6 +93,12 @@ def chain_order(links: Iterable[Link]) -> list[Link]:
     return ordered
 
 
+def _repeated(path: Path, other: Path) -> str:
+    """The error of an update that is given twice. The caller of a folder passed it once, so a copy must go."""
+    in_one_folder = path != other and path.parent == other.parent
+    return f"{path}: is the same update as {other}; {'delete one of them' if in_one_folder else 'pass it once'}"
+
+
 def predecessors(links: Sequence[Link], *, strict: bool = True) -> dict[str, Link | None]:
     """By content ID the update that each of these follows; None if it is not among them.
 
@@ -104,38 +110,45 @@ def predecessors(links: Sequence[Link], *, strict: bool = True) -> dict[str, Lin
 
 
 def beside_chain(links: Sequence[Link]) -> set[Link]:
-    """The updates of a folder that are no links of its chain.
-
-    These replace several others. Or they are equal whole states (a trainer that changes nothing, or returns to an
-    earlier state, writes equal anchors), or whole states within a chain, or a beginning of the chain that cannot be
-    used, because a trainer that ended while it deleted old files has deleted only those before it.
+    """Return the updates of a folder that its chain does not use: updates that fold several others, repeated anchors,
+    anchors in the middle of the chain, and the unusable start of a chain whose pruning was interrupted.
     """
     first: dict[str, Link] = {}
-    beside = {link for link in links if first.setdefault(link.content_id, link) is not link and link.whole}
+    # A trainer whose state does not change, or comes back, writes equal anchors.
+    beside = {link for link in links if first.setdefault(link.content_id, link) is not link and link.is_anchor}
     beside.update(_folds([link for link in links if link not in beside]))
     return beside | _cut_off([link for link in links if link not in beside])
 
 
 def _cut_off(links: Sequence[Link]) -> set[Link]:
-    """The whole states that are results of other updates; or, of a chain without its beginning, what is before the
-    first of them. Such a chain begins with an update that names another one, which is not here.
+    """Return the anchors whose state other updates reach. If the start of the chain is missing, also return everything
+    before the first usable anchor.
     """
     before = predecessors(links, strict=False)
-    ends = {link.result: link for link in links if not link.whole}
-    found = {link for link in links if link.whole and link.result in ends}.difference(before.values())
-    first = [link for link in links if before[link.content_id] is None and link not in found]
-    if not found or len(first) != 1 or first[0].whole or first[0].previous is None:
-        return found
-    ways: list[tuple[Link, list[Link]]] = []
-    for whole in found:
-        way: dict[Link, None] = {}
-        at: Link | None = ends[whole.result]
-        while at is not None and at not in way:
-            way[at] = None
-            at = before[at.content_id]
-        ways.append((whole, list(way)))
-    begin, unused = min(ways, key=lambda each: len(each[1]))
-    return found - {begin} | set(unused)
+    reaching = {link.result: link for link in links if not link.is_anchor}
+    used = set(before.values())
+    anchors = [link for link in links if link.is_anchor and link.result in reaching and link not in used]
+    if not anchors or not _lacks_its_start([link for link in links if link not in anchors], before):
+        return set(anchors)
+    ways = [(anchor, _way_to(reaching[anchor.result], before)) for anchor in anchors]
+    start, unusable = min(ways, key=lambda each: len(each[1]))
+    return set(anchors) - {start} | set(unusable)
+
+
+def _lacks_its_start(links: Sequence[Link], before: Mapping[str, Link | None]) -> bool:
+    """Whether these updates begin with a single one that follows an update which is not here."""
+    first = [link for link in links if before[link.content_id] is None]
+    return len(first) == 1 and not first[0].is_anchor and first[0].previous is not None
+
+
+def _way_to(link: Link, before: Mapping[str, Link | None]) -> list[Link]:
+    """The updates from this one back to the first."""
+    way: dict[Link, None] = {}
+    at: Link | None = link
+    while at is not None and at not in way:
+        way[at] = None
+        at = before[at.content_id]
+    return list(way)
 
 
 def _folds(links: Sequence[Link]) -> list[Link]:

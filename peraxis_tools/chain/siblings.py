@@ -18,7 +18,7 @@ from peraxis_tools.outputs.remote_output import names_beside
 from peraxis_tools.remote.files import RemoteFile, is_remote
 from peraxis_tools.remote.urls import file_of, without_secrets
 
-__all__ = ["order_fault", "own_turn", "refuse_disorder"]
+__all__ = ["order_fault", "own_turn", "refuse_disorder", "refuse_other_name"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
 _TURN: Final = "00c4a117"  # the lock's name
@@ -27,7 +27,8 @@ _AFTER: Final = "pass the updates before this one with after (--after)"
 
 
 def refuse_disorder(output: str | Path, *, previous: str | None, base: str, result: str) -> None:
-    """Refuse an update that would be a fork or a ring with other updates of its folder, here or at a URL.
+    """Refuse an update that would be a fork or a ring with other updates of its folder, here or at a URL, or that
+    continues the chain of a trainer there under another name than that of the next step.
 
     previous: content ID of the update before it. base, result: digests over all tensors before and after it. Of a URL
     only headers are fetched. Raises CheckFailedError, ToolError if the URL cannot be read.
@@ -38,6 +39,45 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
     links = list(_remote_links(str(output)) if here is None else _links(here.parent))
     others = [link for link in links if link.path.name != new.path.name]
     _refuse(shown, new, others)
+
+
+def refuse_other_name(output: str | Path, before: Link) -> None:
+    """Refuse an update that continues the chain of a trainer, here or at a URL, under another name than that of the
+    next step: the trainer and its servers would pass over it. `refuse_disorder` does so too, when the update is made.
+
+    before: the update before it. Raises CheckFailedError, ToolError if the URL cannot be read.
+    """
+    here = file_of(output) or (None if is_remote(output) else Path(output))
+    shown = without_secrets(str(output)) if here is None else str(here)
+    paths = names_beside(str(output)) if here is None else [str(path) for path in sorted(here.parent.glob("*.pxd"))]
+    others = [path for path in paths if PurePosixPath(path).name != Path(shown).name]
+    if not any(map(_is_anchor_name, others)):
+        return
+    others.sort(key=lambda path: PurePosixPath(path).name != before.path.name)  # its own name first: each read costs
+    links = map(_remote_link if here is None else _local_link, others)
+    found = next((link for link in links if link is not None and link.content_id == before.content_id), None)
+    if found is not None:
+        _check_name(shown, found)
+
+
+def _is_anchor_name(path: str) -> bool:
+    return (pxd.step_of(PurePosixPath(path).name) or (0, False))[1]
+
+
+def _check_name(shown: str, before: Link) -> None:
+    """Raise CheckFailedError unless an update has the name of the step after the one before it."""
+    place = pxd.step_of(before.path.name)
+    if place is None:
+        raise CheckFailedError(
+            f"{shown}: follows {before.path.name} of a trainer's chain, which has not the name of its step, so the "
+            "trainer and its servers pass over it; rename it first"
+        )
+    name = pxd.step_name(place[0] + 1)
+    if pxd.step_of(Path(shown).name) != (place[0] + 1, False):
+        raise CheckFailedError(
+            f"{shown}: follows {before.path.name} of a trainer's chain, so the trainer and its servers would pass "
+            f"over it under this name; write it to {name}"
+        )
 
 
 @contextlib.contextmanager
@@ -80,25 +120,33 @@ def order_fault(folder: Path) -> str | None:
 
 
 def _links(folder: Path) -> Iterator[Link]:
-    """The links of the updates in a folder; a file that is none has no link."""
-    for path in sorted(folder.glob("*.pxd")):
-        with contextlib.suppress(pxd.PxdError, ToolError, OSError):
-            yield link_of(path)
+    """Return the links of the updates in a folder; other files are passed over."""
+    yield from filter(None, map(_local_link, sorted(folder.glob("*.pxd"))))
+
+
+def _local_link(path: str | Path) -> Link | None:
+    with contextlib.suppress(pxd.PxdError, ToolError, OSError):
+        return link_of(path)
+    return None
 
 
 def _remote_links(url: str) -> Iterator[Link]:
     """`_links` of the folder of a URL, by file names. Raises ToolError if the store cannot be read."""
-    for other in names_beside(url):
-        try:
-            manifest = RemoteFile(other).header()[1]
-        except pxd.PxdError:
-            continue
-        except ToolError:
-            if other in names_beside(url):
-                raise
-            continue  # it was deleted meanwhile
-        with contextlib.suppress(ToolError):  # a delta that is no update
-            yield link_from(PurePosixPath(other).name, manifest)
+    yield from filter(None, map(_remote_link, names_beside(url)))
+
+
+def _remote_link(url: str) -> Link | None:
+    try:
+        manifest = RemoteFile(url).header()[1]
+    except pxd.PxdError:
+        return None
+    except ToolError:
+        if url in names_beside(url):
+            raise
+        return None  # it was deleted meanwhile
+    with contextlib.suppress(ToolError):  # a delta that is no update
+        return link_from(PurePosixPath(url).name, manifest)
+    return None
 
 
 def _refuse(shown: str, new: Link, links: list[Link]) -> None:
@@ -110,7 +158,7 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
     try:
         known = predecessors(kept)
     except CheckFailedError:
-        return  # the others have no order already
+        return  # the folder was not one chain before this update
     twin = _twin(new, kept, known)
     if twin is not None:
         note(f"{shown}: repeats {twin.path}, so `log` and `apply` will refuse the folder; delete one of them")
@@ -135,6 +183,8 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
                 f"{shown}: would be a fork, because {link.path} was made on the same state; {_AFTER} to follow them, "
                 "or write to another folder"
             )
+    if own is not None and any(_is_anchor_name(link.path.name) for link in links):
+        _check_name(shown, own)
     _note_gap(shown, new, kept)
 
 

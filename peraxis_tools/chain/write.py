@@ -16,7 +16,7 @@ import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.chain.opened import opened_in_order
 from peraxis_tools.chain.order import Link
-from peraxis_tools.chain.siblings import own_turn, refuse_disorder
+from peraxis_tools.chain.siblings import own_turn, refuse_disorder, refuse_other_name
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState, state_after
 from peraxis_tools.checkpoints.assets import changed_groups
@@ -96,6 +96,8 @@ def update(
         open_checkpoint(new) as fine_tuned,
         open_chain(before, after) as (state, links),
     ):
+        if links:
+            refuse_other_name(output, links[-1])
         check_pair(state, fine_tuned)
         assets = changed_groups(dict(state.assets(checked=False)), dict(fine_tuned.assets()))
         job = UpdateJob(
@@ -232,6 +234,9 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
             blocks += count_blocks(module)
             changed += moved
             step(job.new[module.name].size)
+        # The head of a tied model, which a trainer lists as an alias and transformers never saves, is dropped too: the
+        # result is the new checkpoint, tensor by tensor. Whether the model still ties it, only its configuration says,
+        # so an alias that is kept might be wrong. A live model that ties it takes the update as it is.
         removed = [name for name in (*job.old, *job.old.foreign) if name not in job.new]
         writer.add_rest(tied=tied, dropped=removed, assets=job.assets.items())
         writer.metadata[pxd.CHANGED_KEY] = str(changed)

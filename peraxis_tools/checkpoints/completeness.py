@@ -1,8 +1,8 @@
 """The files that a loaded model needs, its configuration and its tokenizer: whether a fine-tune has its own.
 
 A training script often saves neither, or a tokenizer's settings without its vocabulary. Both are then the base's, and a
-note says so. A tokenizer of the base is not taken for a vocabulary of another size. Updates are different: all that a
-state has not as the state before it is in the update (assets.py). A whole state of another model gets no file at all.
+note says so. A tokenizer of the base is not taken for a vocabulary of another size. An update is different: it carries
+every file that differs from the state before it (assets.py). An anchor of another model is refused.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.checkpoint import Checkpoint
+from peraxis_tools.checkpoints.kinds import kind_of, layer_of
 from peraxis_tools.display.notes import note
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import CheckFailedError
 
 __all__ = ["has_vocabulary", "is_update", "note_borrowed", "note_missing", "refuse_foreign", "takes_tokenizer"]
 
 _CONFIG: Final = "config.json"
+_BEGAN: Final = "pass the checkpoint that the trainer began with as the base"
 _VOCABULARY: Final = re.compile(
     r"tokenizer\.json|tekken\.json|(\w+_)?vocab[\w-]*\.(json|txt)|merges\.txt|dict\.txt|[^/]+\.(model|tiktoken)"
 )
@@ -46,13 +49,101 @@ def takes_tokenizer(delta: pxd.DeltaFile, base: Checkpoint) -> bool:
 
 
 def refuse_foreign(first: pxd.DeltaFile, base: Checkpoint) -> None:
-    """Refuse a whole state of another model, which binds no tensor of the base but would get its other files.
+    """Refuse an anchor of another model, which binds no tensor of the base but would get its other files.
 
-    first: the delta, or the first update of a chain.
+    first: the delta, or the first update of a chain. One with its own config.json needs no more than one tensor in
+    common with the base. Otherwise the weights must be those of the base, in the same shapes; more of them are noted.
+    Bytes are read only of tables of a vocabulary that the anchor lacks. Raises CheckFailedError.
     """
-    if not any(module.base is not None or module.name in base.tensors for module in first.manifest.modules):
-        name = first.manifest.modules[0].name
+    modules = first.manifest.modules
+    if any(module.base is not None for module in modules):
+        return
+    if not any(module.name in base.tensors for module in modules):
+        name = modules[0].name
         raise CheckFailedError(f"{first.path}: is for another model; {base.tensors.label} has no {name}, nor any other")
+    if all(asset.path != _CONFIG for asset in first.manifest.assets):
+        layers = _layers(_config_of(base))
+        _refuse_other_shapes(first, base.tensors, layers=layers)
+        _note_added(first, base.tensors, layers=layers)
+
+
+def _refuse_other_shapes(anchor: pxd.DeltaFile, base: pxd.Safetensors, *, layers: int | None) -> None:
+    """Raise CheckFailedError for a tensor with another shape than in the base, and for a weight that is not there.
+
+    layers: of the base's configuration, if it says. transformers loads no further ones, of several tokens' prediction.
+    """
+    shapes = _shapes(anchor.manifest)
+    for name, shape in shapes.items():
+        if name in base and base[name].shape != shape:
+            found = f"{name} is {list(shape)} there and {list(base[name].shape)} in {base.label}"
+            raise CheckFailedError(f"{anchor.path}: is for another model; {found}; {_BEGAN}")
+    # transformers gives some tensors other names in the model (fused experts, prefixes). A layer with matrices that the
+    # base does not name has such names, so weights that are missing there say nothing.
+    renamed = {layer_of(name) for name, shape in shapes.items() if name not in base and len(shape) > 1}
+    missing = [
+        name
+        for name in base
+        if name not in shapes
+        and _is_weight(base[name])
+        and (layer := layer_of(name)) not in renamed
+        and (layers is None or layer is None or layer < layers)
+    ]
+    for name in sorted(missing, key=lambda name: _is_table(base[name])):  # tables last, because they are read
+        if not _is_tied(base, name, shapes):
+            found = f"it has no {name}, which is {list(base[name].shape)} in {base.label}"
+            remedy = f"{_BEGAN}, or publish all weights of the model"
+            raise CheckFailedError(f"{anchor.path}: is for another model; {found}; {remedy}")
+
+
+def _note_added(anchor: pxd.DeltaFile, base: pxd.Safetensors, *, layers: int | None) -> None:
+    """Note the weights of an anchor that the base lacks. An alias of another tensor is none of them.
+
+    Raises CheckFailedError for one of a layer that the model of the base's configuration does not have.
+    """
+    names = anchor.manifest.names()
+    added = [
+        module.name
+        for module in anchor.manifest.modules
+        if len(module.shape) > 1 and all(name not in base and name not in base.foreign for name in names[module.name])
+    ]
+    for name in added:
+        if layers is not None and (layer := layer_of(name)) is not None and layer >= layers:
+            found = f"it has {name}, and the config.json of {base.label} says {counted(layers, 'layer')}"
+            raise CheckFailedError(f"{anchor.path}: is for another model; {found}; {_BEGAN}")
+    if added:
+        note(
+            f"{anchor.path}: has {counted(len(added), 'weight')} that {base.label} lacks, like {added[0]}; if this is "
+            f"not the model of that checkpoint, {_BEGAN}"
+        )
+
+
+def _shapes(manifest: pxd.Manifest) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a state, aliases included."""
+    names = manifest.names()
+    return {name: module.shape for module in manifest.modules for name in names[module.name]}
+
+
+def _is_weight(info: pxd.TensorInfo) -> bool:
+    return info.name.endswith(".weight") and len(info.shape) > 0
+
+
+def _is_table(info: pxd.TensorInfo) -> bool:
+    return kind_of(info.name, info.shape) in ("embedding", "lm_head")
+
+
+def _is_tied(base: pxd.Safetensors, name: str, others: Collection[str]) -> bool:
+    """Whether a table of the base has the bytes of one of the others, like the head of a tied model."""
+    info = base[name]
+    if not _is_table(info):
+        return False
+    alike = [
+        other
+        for other in base
+        if other in others
+        and _is_table(base[other])
+        and (base[other].dtype, base[other].shape) == (info.dtype, info.shape)
+    ]
+    return any(base.sha256(other) == base.sha256(name) for other in alike)
 
 
 def note_borrowed(delta: pxd.DeltaFile, base: Checkpoint) -> None:
@@ -94,6 +185,17 @@ def _config_of(base: Checkpoint) -> bytes:
 
 def _rows(config: bytes) -> Any:
     """The size of the vocabulary in a config.json; None if it does not say."""
+    return _of_text(config, "vocab_size")
+
+
+def _layers(config: bytes) -> int | None:
+    """The number of layers in a config.json; None if it does not say."""
+    count = _of_text(config, "num_hidden_layers")
+    return count if isinstance(count, int) else None
+
+
+def _of_text(config: bytes, key: str) -> Any:
+    """A value of the text model in a config.json; None if it has none."""
     try:
         values = json.loads(config)
     except (ValueError, RecursionError):
@@ -101,4 +203,4 @@ def _rows(config: bytes) -> Any:
     if not isinstance(values, dict):
         return None
     text = values.get("text_config")
-    return (text if isinstance(text, dict) else values).get("vocab_size")
+    return (text if isinstance(text, dict) else values).get(key)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.kinds import KINDS, group_of, kind_of
+from peraxis_tools.deltas.parts import is_part
 
-__all__ = ["ByteShare", "InspectResult", "ModuleLine", "GroupAxes", "inspect", "select", "summarise"]
+__all__ = ["ByteShare", "InspectResult", "ModuleLine", "GroupAxes", "inspect", "needs_no_base", "select", "summarise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,11 @@ def inspect(delta: str | Path) -> InspectResult:
 def select(result: InspectResult, pattern: str) -> InspectResult:
     """The result with only those modules whose names match a glob; sums are still those of the whole file."""
     return replace(result, modules=tuple(line for line in result.modules if fnmatchcase(line.name, pattern)))
+
+
+def needs_no_base(manifest: pxd.Manifest) -> bool:
+    """Whether this is an anchor. The digest of its base is that of no tensor at all, and its name is of no use."""
+    return manifest.result is not None and manifest.base.digest == pxd.NO_BASE and not is_part(manifest)
 
 
 def _line(module: pxd.ModuleEntry, sizes: dict[str, int]) -> ModuleLine:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.kinds import axes_text
 from peraxis_tools.deltas.calibration_text import calibration_text
-from peraxis_tools.deltas.inspection import ByteShare, InspectResult, ModuleLine
+from peraxis_tools.deltas.inspection import ByteShare, InspectResult, ModuleLine, needs_no_base
 from peraxis_tools.display.shown import visible
 from peraxis_tools.inspect_details import Details
 from peraxis_tools.remote.names import HUB_ID
@@ -61,10 +61,13 @@ def _text(value: object) -> str:
 def _heading(result: InspectResult) -> str:
     base = result.manifest.base
     revision = f" at revision {_text(base.revision)}" if base.revision else ""
+    if needs_no_base(result.manifest):
+        made_on = "<p>an anchor, a whole state that needs no base</p>"
+    else:
+        made_on = f"<p>a fine-tune of {_base_link(base)}{revision}</p><p class=digest>base {_text(base.digest)}</p>"
     return (
         f"<header><p class=kicker>PXD {_text(result.version)} delta</p><h1>{_text(result.manifest.fine_tuned.id)}</h1>"
-        f"<p>a fine-tune of {_base_link(base)}{revision}</p>"
-        f"<p class=digest>base {_text(base.digest)}</p><p class=digest>file {_text(result.content_id)}</p></header>\n"
+        f"{made_on}<p class=digest>file {_text(result.content_id)}</p></header>\n"
     )
 
 

@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from peraxis_tools.checkpoints.kinds import axes_text
 from peraxis_tools.deltas.calibration_text import calibration_text
-from peraxis_tools.deltas.inspection import InspectResult, ModuleLine
+from peraxis_tools.deltas.inspection import InspectResult, ModuleLine, needs_no_base
 from peraxis_tools.deltas.metadata_keys import DISTILLATION_KEY
 from peraxis_tools.deltas.parts import JOIN_PARTS, is_part, part_of
 from peraxis_tools.display.shown import times_smaller
@@ -47,8 +47,11 @@ def _summary(result: InspectResult, console: Console) -> None:
     console.print(f"[bold]{text(result.path)}[/]  PXD {result.version}")
     console.print(f"[dim]{text(result.content_id)}[/]")
     console.print(f"fine-tuned   {text(manifest.fine_tuned.id)}")
-    of = " of the part's tensors" if is_part(manifest) else ""
-    console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…{of}")
+    if needs_no_base(manifest):
+        console.print("base         none: this is an anchor, a whole state that needs no base")
+    else:
+        of = " of the part's tensors" if is_part(manifest) else ""
+        console.print(f"base         {text(manifest.base.id)}{revision}  {text(manifest.base.digest[:23])}…{of}")
     if manifest.features:
         console.print(f"result       {text(manifest.result or 'not known without the base')}")
         console.print(f"previous     {text(manifest.previous or 'none')}")

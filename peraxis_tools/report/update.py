@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+import peraxis_format as pxd
 from peraxis_tools.chain.log import ChainLog, LogEntry
 from peraxis_tools.chain.write import UpdateResult
 from peraxis_tools.deltas.blocks import blocks_text
@@ -48,10 +49,15 @@ def render_log(chain: ChainLog, console: Console) -> None:
     for entry in _in_order(chain):
         table.add_row(text(entry.name), _changed(entry), size(entry.bytes), text(_short(entry.result)))
     console.print(table)
-    console.print(f"made on  {text(chain.updates[0].base)}")
+    console.print(f"made on  {_base(chain.updates[0])}")
     if chain.folded:
         names = ", ".join(entry.name for entry in chain.folded)
         console.print(f"folded   {text(names)}: not needed by the chain")
+
+
+def _base(first: LogEntry) -> str:
+    """The state that a chain was made on. The digest of an anchor's base is that of no tensor at all."""
+    return "no base: the chain begins with an anchor" if first.base == pxd.NO_BASE else text(first.base)
 
 
 def _in_order(chain: ChainLog) -> Iterator[LogEntry]:

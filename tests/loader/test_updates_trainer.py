@@ -151,7 +151,7 @@ def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
         f"step-{step:08d}.pxd" for step in range(1, 6)
     ]
     assert [entry.name for entry in found.folded] == ["anchor-00000002.pxd", "anchor-00000004.pxd"]
-    write_checkpoint(tmp_path / "base", {"seen": (np.zeros(3, np.float32), pxd.DType.F32)})
+    write_checkpoint(tmp_path / "base", {"seen": (np.zeros((), np.int64), pxd.DType.I64)})
     files = [tmp_path / "chain" / entry.name for entry in found.updates]
     apply(tmp_path / "base", files, tmp_path / "out")
     with open_checkpoint(tmp_path / "out") as out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,14 @@ def test_the_predecessor_of_an_update_is_none_that_follows_it() -> None:
     # All results are one state; the first update is followed by the others, by name.
     links = [link(f"u{i}", "A", "A", f"u{i - 1}" if i else "absent") for i in range(300)]
     assert chain_order(links[::-1]) == links
+
+
+@pytest.mark.parametrize(
+    ("paths", "remedy"),
+    [(("run/1.pxd", "run/2.pxd"), "delete one of them"), (("a/1.pxd", "b/1.pxd"), "pass it once"),
+     (("run/1.pxd", "run/1.pxd"), "pass it once")],
+)  # fmt: skip
+def test_of_two_copies_in_one_folder_one_is_to_be_deleted(paths: tuple[str, str], remedy: str) -> None:
+    copies = [replace(link("u", "A", "B"), path=Path(path)) for path in paths]
+    with pytest.raises(CheckFailedError, match=rf"is the same update as {copies[0].path}; {remedy}$"):
+        chain_order(copies)

@@ -143,6 +143,17 @@ def test_a_step_that_changes_nothing_is_written_and_read(tmp_path: Path) -> None
     assert from_wire(tmp_path / "nemo-rl", base, tmp_path / "back.pxd").changed == 0
 
 
+def test_a_wire_on_the_state_after_its_step_is_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old, new = start(), stepped(start(), 1)
+    wire = index_value(tmp_path, old, new)
+    states = [write_checkpoint(tmp_path / name, state) for name, state in (("before", old), ("after", new))]
+    assert from_wire(wire, states[0], tmp_path / "right.pxd").changed > 0
+    assert not caplog.messages
+    assert from_wire(wire, states[1], tmp_path / "wrong.pxd").changed == 0
+    assert ["changes no weight of" in message for message in caplog.messages] == [True]
+    assert str(states[1]) in caplog.messages[0]
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 

@@ -258,8 +258,12 @@ def test_weights_that_a_state_lacks_are_refused_and_not_drawn_at_random(pair: di
     whole = load_file(pair["base"] / "model.safetensors")
     part = {name: tensor for name, tensor in whole.items() if ".layers.0." not in name}
     chain = published(tmp_path / "chain", part, 1)
-    with pytest.raises(CheckFailedError, match=r"has no model\.layers\.0\..* and \d+ more, which LlamaForCausalLM"):
+    with pytest.raises(CheckFailedError, match=r"it has no model\.layers\.0\..*, or publish all weights"):
         peraxis_tools.load(chain, pair["base"])
+    base = shutil.copytree(pair["base"], tmp_path / "base")  # the same part of a checkpoint
+    save_file(part, base / "model.safetensors")
+    with pytest.raises(CheckFailedError, match=r"has no model\.layers\.0\..* and \d+ more, which LlamaForCausalLM"):
+        peraxis_tools.load(chain, base)
 
 
 def test_updates_that_are_named_are_taken_as_their_folder_is(pair: dict[str, Path], tmp_path: Path) -> None:

@@ -234,3 +234,18 @@ def test_the_report_of_an_anchor_of_a_small_model_says_that_it_is_larger(tmp_pat
         writer.finish()
     shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "a.pxd")]).output
     assert re.search(r"for a checkpoint of 64 B: \d+\.\d times larger", shown)
+
+
+def test_an_anchor_and_a_chain_that_begins_with_one_name_no_base(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    writer = peraxis.UpdateWriter({"a": torch.ones(64)}, tmp_path / "run")
+    anchor, page = writer.step().path, tmp_path / "report.html"
+    shown = CliRunner().invoke(cli, ["inspect", str(anchor), "--html", str(page)]).output
+    assert "base         none: this is an anchor, a whole state that needs no base" in shown
+    assert "an anchor, a whole state that needs no base" in page.read_text()
+    listed = CliRunner().invoke(cli, ["log", str(tmp_path / "run")]).output
+    assert "made on  no base: the chain begins with an anchor" in listed
+    with pxd.open(anchor) as file:
+        assert file.manifest.base.digest[:19] not in shown + listed
+    second = writer.step().path
+    assert "base         model  sha256:" in CliRunner().invoke(cli, ["inspect", str(second)]).output

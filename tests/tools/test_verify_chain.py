@@ -78,7 +78,8 @@ def test_an_update_whose_predecessor_is_damaged_is_not_verified_on_it(folder: Pa
 def test_a_whole_state_says_that_it_has_no_base(folder: Path) -> None:
     import torch
 
-    peraxis.UpdateWriter({next(iter(start())): torch.ones(4, 4)}, folder / "anchors").step()
+    state = {name: torch.ones(array.shape) for name, (array, _) in start().items()}
+    peraxis.UpdateWriter(state, folder / "anchors").step()
     code, said = verify(folder, "anchors", base="base")
     assert code == 0
     assert "holds whole tensors and needs no base" in said

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peraxis_format.torch.updates import UpdateFile, list_updates, next_update, standing
+from peraxis_format.torch.updates import OtherFile, UpdateFile, list_updates, next_update, standing
 
 __all__ = ["Following", "RequestError"]
 
@@ -43,7 +43,7 @@ class Following:
     waiting: dict[str, str] = field(default_factory=dict)
     _state: str | None = None
     _noticed: str | None = None  # the reported other chain
-    _known: dict[Path, UpdateFile] = field(default_factory=dict)
+    _known: dict[Path, UpdateFile | OtherFile] = field(default_factory=dict)
     _tried: dict[Path, tuple[Any, str]] = field(default_factory=dict)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
+from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
@@ -42,18 +43,19 @@ class Finder:
     entries: dict[str, ModuleEntry]
     renamed: dict[str, Tensor] = field(default_factory=dict)
     composed: set[str] = field(default_factory=set)
+    remedies: Remedies = FOR_VARIANTS
 
     @classmethod
     def of(
         cls, target: Target, manifest: Manifest, *, views: Views | None, shards: Mapping[str, Shard] | None,
-        fused: Mapping[str, tuple[str, ...]],
+        fused: Mapping[str, tuple[str, ...]], remedies: Remedies,
     ) -> Finder:  # fmt: skip
-        """views, shards, fused: see placement.place. transformers is used only if the names are not sufficient."""
+        """The options are those of placement.place. transformers is used only if the names are not sufficient."""
         entries = {entry.name: entry for entry in manifest.modules}
-        finder = cls(named(target), views or {}, shards or {}, fused, entries)
+        finder = cls(named(target), views or {}, shards or {}, fused, entries, remedies=remedies)
         missing = any(not finder.find(name, entry) for name, entry in entries.items())
         if missing and isinstance(target, nn.Module) and not finder.shards:
-            found = checkpoint_views(_inner(target))
+            found = checkpoint_views(_inner(target), remedies)
             finder.renamed.update(found.views)
             finder.composed.update(found.composed)
         return finder
@@ -97,7 +99,7 @@ class Finder:
                 if tensor.shape[0] != begins[-1]:
                     raise LiveModelError(
                         f"{owner}: {tensor.shape[0]} rows, but {', '.join(members)} have {begins[-1]} together; "
-                        "give their places with `views`"
+                        f"{self.remedies.unplaced}"
                     )
                 k = members.index(word)
                 yield ShardView(boxes[k], tensor.detach()[begins[k] : begins[k + 1]])

@@ -12,6 +12,7 @@ from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import PART_KEY, Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of, torch_dtype
 from peraxis_format.torch.place.finder import FUSED, Finder
+from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, extent, storage_key, whole
 from peraxis_format.torch.place.widened import holds_the_dtype, is_widened, narrowed
 
@@ -25,17 +26,18 @@ def place(
     views: Views | None = None,
     shards: Mapping[str, Shard] | None = None,
     fused: Mapping[str, tuple[str, ...]] = FUSED,
+    remedies: Remedies = FOR_VARIANTS,
 ) -> Placement:
     """Find the live storage of every module of a manifest.
 
     views: the live tensor for a name that the model does not have. shards: names whose live tensor is a shard. fused:
-    see FUSED. Tensors that transformers renames are found without these. Raises BindingError (E401, E402, E403) if the
-    model is not the base. Raises LiveModelError if the model cannot become the fine-tune: transformed weights, another
-    shape or dtype, or a tensor that the fine-tune lacks.
+    see FUSED. remedies: what the caller can do, for errors. Tensors that transformers renames are found without these.
+    Raises BindingError (E401, E402, E403) if the model is not the base. Raises LiveModelError if the model cannot
+    become the fine-tune: transformed weights, another shape or dtype, or a tensor that the fine-tune lacks.
     """
     _refuse_quantised(target)
     _refuse_part(manifest)
-    finder = Finder.of(target, manifest, views=views, shards=shards, fused=fused)
+    finder = Finder.of(target, manifest, views=views, shards=shards, fused=fused, remedies=remedies)
     names = manifest.names()
     placement: Placement = {}
     missing: list[str] = []
@@ -48,10 +50,12 @@ def place(
     mixed = holds_the_dtype(placement, manifest.modules)
     for entry in manifest.modules:
         if entry.name in placement:
-            placement[entry.name] = _distinct([_checked(entry, part, mixed=mixed) for part in placement[entry.name]])
-    _refuse_composed(missing, finder)
-    _refuse_missing(manifest, missing)
-    _refuse_dropped(manifest, finder)
+            placement[entry.name] = _distinct(
+                [_checked(entry, part, remedies, mixed=mixed) for part in placement[entry.name]]
+            )
+    _refuse_composed(missing, finder, remedies)
+    _refuse_missing(manifest, missing, remedies)
+    _refuse_dropped(manifest, finder, placement, remedies)
     _refuse_shared(manifest, placement)
     return placement
 
@@ -71,7 +75,7 @@ def _refuse_quantised(target: Target) -> None:
         )
 
 
-def _checked(entry: ModuleEntry, part: ShardView, *, mixed: bool) -> ShardView:
+def _checked(entry: ModuleEntry, part: ShardView, remedies: Remedies, *, mixed: bool) -> ShardView:
     """The part, in the base's dtype if the live model has a wider one."""
     name, view = entry.name, part.view
     if type(view) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -82,11 +86,11 @@ def _checked(entry: ModuleEntry, part: ShardView, *, mixed: bool) -> ShardView:
         raise LiveModelError(f"{name}: on the meta device, without storage; load the weights first")
     if mixed and is_widened(entry, view):
         part = narrowed(entry, part)
-    _check(entry, part)
+    _check(entry, part, remedies)
     return part
 
 
-def _check(entry: ModuleEntry, part: ShardView) -> None:
+def _check(entry: ModuleEntry, part: ShardView, remedies: Remedies) -> None:
     """Check that the live tensor is the base's (SPEC 7.2), and that the fine-tuned one fits into its storage."""
     name, view = entry.name, part.view
     dtype = dtype_of(view, name)
@@ -110,7 +114,7 @@ def _check(entry: ModuleEntry, part: ShardView) -> None:
     if dtype is not entry.dtype or tuple(view.shape) != local or (base is not None and base.shape != entry.shape):
         raise LiveModelError(
             f"{name}: the fine-tune has {entry.dtype.value} {list(entry.shape)}, the live model {dtype.value} "
-            f"{list(view.shape)}; storage cannot change in place; write the checkpoint with `peraxis-tools apply`"
+            f"{list(view.shape)}; {remedies.other(entry, dtype, tuple(view.shape))}"
         )
 
 
@@ -119,16 +123,16 @@ def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
     return tuple({(part.box, storage_key(part.live)): part for part in parts}.values())
 
 
-def _refuse_composed(missing: list[str], finder: Finder) -> None:
+def _refuse_composed(missing: list[str], finder: Finder, remedies: Remedies) -> None:
     composed = next((name for name in missing if name in finder.composed), None)
     if composed is not None:
         raise LiveModelError(
             f"{composed}: transformers stores it in several tensors, or in another order, so it is not one tensor "
-            "of the live model; write the checkpoint with `peraxis-tools apply`, or use peraxis.load"
+            f"of the live model; {remedies.composed}"
         )
 
 
-def _refuse_missing(manifest: Manifest, missing: list[str]) -> None:
+def _refuse_missing(manifest: Manifest, missing: list[str], remedies: Remedies) -> None:
     entries = {module.name: module for module in manifest.modules}
     bound = [module for module in manifest.modules if module.base is not None]
     lacking = [name for name in missing if entries[name].base is not None]
@@ -138,19 +142,21 @@ def _refuse_missing(manifest: Manifest, missing: list[str]) -> None:
         detail = f"the live model has no {lacking[0]!r} ({len(lacking)} of {len(bound)} missing)"
         raise BindingError("E402", detail)
     if missing:
-        raise LiveModelError(
-            f"the live model has no {missing[0]!r}, which the fine-tune adds; write the checkpoint with "
-            "`peraxis-tools apply`, or pass the tensor in `views`"
-        )
+        raise LiveModelError(f"the live model has no {missing[0]!r}, which the fine-tune adds; {remedies.added}")
 
 
-def _refuse_dropped(manifest: Manifest, finder: Finder) -> None:
-    left = [name for name in manifest.dropped if name in finder.live]
+def _refuse_dropped(manifest: Manifest, finder: Finder, placement: Placement, remedies: Remedies) -> None:
+    # A checkpoint without the head of a tied model has all of it: the model ties the head itself, so its storage is
+    # that of a module, and is written with it.
+    held = {storage_key(part.live) for parts in placement.values() for part in parts}
+    left = [name for name in manifest.dropped if name in finder.live and _storage_key(finder.live[name]) not in held]
     if left:
-        raise LiveModelError(
-            f"the fine-tune has no {left[0]!r}, but the live model uses it; write the checkpoint with "
-            "`peraxis-tools apply`"
-        )
+        raise LiveModelError(f"the fine-tune has no {left[0]!r}, but the live model uses it; {remedies.dropped}")
+
+
+def _storage_key(tensor: Any) -> tuple[Any, ...]:
+    """storage_key of a tensor, or of this rank's piece of a DTensor."""
+    return storage_key(tensor.to_local() if hasattr(tensor, "placements") else tensor)
 
 
 def _content(entry: ModuleEntry) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 
 __all__ = ["CheckpointViews", "checkpoint_views"]
 
@@ -41,7 +42,7 @@ class _NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-igno
         return func(*args, **(kwargs or {}))
 
 
-def checkpoint_views(model: nn.Module) -> CheckpointViews:
+def checkpoint_views(model: nn.Module, remedies: Remedies = FOR_VARIANTS) -> CheckpointViews:
     """The views of the checkpoint's tensors; empty for a model that transformers does not rename.
 
     Raises LiveModelError if the mapping cannot be reversed.
@@ -62,8 +63,7 @@ def checkpoint_views(model: nn.Module) -> CheckpointViews:
             found: dict[str, Any] = revert_weight_conversion(converted, dict(state))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise LiveModelError(
-            f"{type(model).__name__}: the names of its checkpoint cannot be determined ({error}); give the "
-            "places of its tensors with `views`"
+            f"{type(model).__name__}: the names of its checkpoint cannot be determined ({error}); {remedies.unplaced}"
         ) from error
     live = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
     views = {

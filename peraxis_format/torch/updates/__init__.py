@@ -11,6 +11,7 @@ from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 from peraxis_format.torch.updates.published import Published
 from peraxis_format.torch.updates.source import (
+    OtherFile,
     UpdateFile,
     list_updates,
     next_update,
@@ -21,6 +22,7 @@ from peraxis_format.torch.updates.source import (
 
 __all__ = [
     "Follower",
+    "OtherFile",
     "Poll",
     "Published",
     "ShardedUpdateWriter",

@@ -24,8 +24,9 @@ from peraxis_format.torch.place.pieces import in_pieces
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.proof import proven
 from peraxis_format.torch.place.ranks import together
+from peraxis_format.torch.place.remedies import FOR_UPDATES
 from peraxis_format.torch.place.shards import Placement, Shard, Target, increment_versions
-from peraxis_format.torch.updates.errors import refuse_others
+from peraxis_format.torch.updates.errors import advised, refuse_others
 from peraxis_format.torch.updates.staged import stage
 from peraxis_format.torch.updates.write import write_whole
 
@@ -54,7 +55,8 @@ def apply_update(
     with contextlib.ExitStack() as stack:
         with together(group, sharded=pieces):
             file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
-            placement = place(target, file.manifest, shards=shards)
+            stack.enter_context(advised(file.manifest.previous))
+            placement = place(target, file.manifest, shards=shards, remedies=FOR_UPDATES)
             owner = stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
         if pieces:
             staged = stage(file, placement, group=group, owner=owner)

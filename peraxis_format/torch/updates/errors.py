@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from peraxis_format.delta import Encoding
-from peraxis_format.errors import LiveModelError
+from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.shards import Placement
 
-__all__ = ["UpdateError", "refuse_others"]
+__all__ = ["UpdateError", "advised", "refuse_others"]
 
 
 class UpdateError(LiveModelError):
@@ -21,3 +24,30 @@ def refuse_others(file: DeltaFile, placement: Placement) -> None:
             raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use it as a variant")
         if not all(part.view.is_contiguous() for part in placement[entry.name]):
             raise UpdateError(f"{entry.name}: is strided, which exact updates do not support; make it contiguous")
+
+
+@contextlib.contextmanager
+def advised(previous: str | None, *, follows: bool = False) -> Iterator[None]:
+    """Give a BindingError the remedy for a live model, which takes neither another base nor several updates at once.
+
+    previous: content ID of the update before. follows: whether a Follower applies it, to the state that it was made on.
+    """
+    try:
+        yield
+    except BindingError as error:
+        changed = error.code in ("E404", "E405")
+        if changed and follows:
+            error.advice = (
+                "if other code has changed the model's weights, the next anchor replaces them; or load the model "
+                "again, and follow again"
+            )
+        elif changed:
+            first = "" if previous is None else f"apply update {previous} first; "
+            error.advice = f"{first}if other code has changed the model's weights, apply an anchor, or load it again"
+        elif error.code == "E403":
+            error.advice = (
+                "the model must have the shapes that the trainer publishes, and the dtypes (its option `dtype`)"
+            )
+        else:
+            error.advice = "load the model that the trainer publishes"
+        raise

@@ -26,10 +26,11 @@ from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, together
 from peraxis_format.torch.place.shards import Placement, Shard, Target
 from peraxis_format.torch.updates.apply import apply_update
-from peraxis_format.torch.updates.errors import UpdateError
+from peraxis_format.torch.updates.errors import UpdateError, advised
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import (
+    OtherFile,
     UpdateFile,
     list_updates,
     missing_folder,
@@ -47,7 +48,8 @@ class Poll:
     """The result of one poll of the folder. step: the model's step now, None if its state is not in the chain.
 
     applied: files, in order. lag: the number of newer updates in the folder. waiting: the reason of a delay, by file;
-    the folder's own reason is that it does not exist, or that it has another chain now.
+    the folder's own reason is that it does not exist, or that it has another chain now. An update with the name of no
+    step is passed over, and waits too.
     """
 
     step: int | None
@@ -105,7 +107,7 @@ class Follower:
         self._writes = False  # whether an update has begun and not ended, so that the state is not known
         self._noticed: str | None = None  # the reported other chain
         self._compared = False  # whether the model's tensors were compared with those of the chain
-        self._files: dict[Path, UpdateFile] = {}
+        self._files: dict[Path, UpdateFile | OtherFile] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if (reason := missing_folder(self.folder)) is not None:
@@ -248,7 +250,8 @@ class Follower:
                     delta = stack.enter_context(DeltaFile(self._here(update)))
                     if delta.content_id != update.content_id:
                         raise UpdateError(f"{update.path}: was replaced by another file; it is tried again")
-                apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
+                with advised(update.previous, follows=True):
+                    apply_update(self._target, delta, lock=self._lock, shards=self._shards, group=self._group)
                 self._warn_left_out(delta)
         except TornError:
             raise

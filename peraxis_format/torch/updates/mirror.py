@@ -18,10 +18,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from peraxis_format.chain_names import step_of
 from peraxis_format.create_remote import create_remote, head_of, is_replaced, start_of
 from peraxis_format.errors import LiveModelError, first_line
 from peraxis_format.header import read_header
-from peraxis_format.torch.updates.source import step_of
 
 __all__ = ["PREFIX", "Mirror", "is_url"]
 

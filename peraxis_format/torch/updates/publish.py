@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format.arguments import check_choice, check_least
+from peraxis_format.chain_names import anchor_name, step_name
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
@@ -33,7 +34,7 @@ from peraxis_format.torch.updates.destination import Destination
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.published import Published, Written
-from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
+from peraxis_format.torch.updates.source import UpdateFile, Way, chain_of
 
 __all__ = ["UpdateWriter"]
 

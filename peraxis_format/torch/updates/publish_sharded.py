@@ -19,6 +19,7 @@ from typing import Any, Unpack
 import numpy as np
 from torch import Tensor, nn
 
+from peraxis_format.chain_names import anchor_name, step_name
 from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
@@ -33,7 +34,7 @@ from peraxis_format.torch.updates.owned import check_ranks, owned_state
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import UpdateFile, Way, anchor_name, chain_of, step_name
+from peraxis_format.torch.updates.source import UpdateFile, Way, chain_of
 from peraxis_format.writer import DeltaWriter
 
 __all__ = ["ShardedUpdateWriter"]

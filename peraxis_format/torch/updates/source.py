@@ -1,23 +1,27 @@
-"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which are whole states (anchor-<n>.pxd)."""
+"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which are whole states (anchor-<n>.pxd).
+
+An update with another name is passed over. The reason is given, because such a file breaks the chain for its servers.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from peraxis_format.chain_names import step_name, step_of
 from peraxis_format.errors import LiveModelError, PxdError
+from peraxis_format.manifest import PART_KEY
 from peraxis_format.reader import DeltaFile
 
 __all__ = [
+    "OtherFile",
     "Standing",
     "UpdateFile",
     "Way",
-    "anchor_name",
     "chain_of",
     "list_updates",
     "missing_folder",
@@ -26,12 +30,10 @@ __all__ = [
     "other_chain",
     "reached_step",
     "standing",
-    "step_name",
-    "step_of",
 ]
 
 _LOGGER: Final = logging.getLogger("peraxis")
-_NAME: Final = re.compile(r"(step|anchor)-([0-9]{1,18})\.pxd")
+_NAMES: Final = 3  # files that an error names at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,22 +53,6 @@ class UpdateFile:
     stamp: tuple[int, int, int] = (0, 0, 0)
 
 
-def step_name(step: int) -> str:
-    """The file name of an update; names sort by their steps."""
-    return f"step-{step:08d}.pxd"
-
-
-def anchor_name(step: int) -> str:
-    """The file name of an anchor."""
-    return f"anchor-{step:08d}.pxd"
-
-
-def step_of(name: str) -> tuple[int, bool] | None:
-    """The step of a file name, and whether it is an anchor; None for any other file."""
-    match = _NAME.fullmatch(name)
-    return None if match is None else (int(match[2]), match[1] == "anchor")
-
-
 def newer_file(path: Path) -> Path | None:
     """A file of the same folder with a higher step than that of this one. Raises OSError if there is no such folder."""
     own = step_of(path.name)
@@ -75,6 +61,18 @@ def newer_file(path: Path) -> Path | None:
         if own is not None and step is not None and step[0] > own[0]:
             return other
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherFile:
+    """A file with the name of no step. result: None if it is not an update. The rest is as in UpdateFile."""
+
+    path: Path
+    content_id: str = ""
+    previous: str | None = None
+    base: str = ""
+    result: str | None = None
+    stamp: tuple[int, int, int] = (0, 0, 0)
 
 
 def missing_folder(folder: Path) -> str | None:
@@ -91,18 +89,29 @@ def missing_folder(folder: Path) -> str | None:
     return f"{folder}: {reason}; waiting for the first update"
 
 
-def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> tuple[list[UpdateFile], dict[Path, str]]:
-    """The updates and anchors of a folder in the order of their steps, and the faults of files that cannot be read.
-    A folder that does not exist or cannot be read is one of the faults.
+def list_updates(
+    folder: Path, known: dict[Path, UpdateFile | OtherFile] | None = None
+) -> tuple[list[UpdateFile], dict[Path, str]]:
+    """The updates and anchors of a folder in the order of their steps, and the reasons why files are not among them:
+    they cannot be read, or they are updates with the name of no step. A folder that does not exist or cannot be read
+    has a reason too.
 
     known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
     replaced.
     """
-    known = {} if known is None else known
+    files, others, problems = _listed(folder, {} if known is None else known)
+    reasons = ((other.path, _reason_for(other, files)) for other in others)
+    return files, problems | {path: reason for path, reason in reasons if reason is not None}
+
+
+def _listed(
+    folder: Path, known: dict[Path, UpdateFile | OtherFile]
+) -> tuple[list[UpdateFile], list[OtherFile], dict[Path, str]]:
+    """The updates with the names of steps, other updates, and the faults of files with the names of steps."""
     problems: dict[Path, str] = {}
     if (reason := missing_folder(folder)) is not None:
         problems[folder] = reason
-    present = {path for path in folder.glob("*.pxd") if _NAME.fullmatch(path.name)}
+    present = set(folder.glob("*.pxd"))
     for gone in known.keys() - present:
         del known[gone]
     for path in sorted(present):
@@ -110,11 +119,34 @@ def list_updates(folder: Path, known: dict[Path, UpdateFile] | None = None) -> t
             about = path.stat()
             stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
             if path not in known or known[path].stamp != stamp:
-                known[path] = _read(path, stamp)
+                known[path] = _read(path, stamp) if step_of(path.name) else _read_other(path, stamp)
         except (PxdError, OSError) as error:
             known.pop(path, None)
-            problems[path] = str(error)
-    return sorted(known.values(), key=lambda file: (file.step, file.is_anchor)), problems
+            if step_of(path.name):
+                problems[path] = str(error)
+    files = [file for file in known.values() if isinstance(file, UpdateFile)]
+    others = [file for file in known.values() if isinstance(file, OtherFile) and file.result is not None]
+    return (
+        sorted(files, key=lambda file: (file.step, file.is_anchor)),
+        sorted(others, key=lambda file: file.path),
+        problems,
+    )
+
+
+def _reason_for(other: OtherFile, files: Sequence[UpdateFile]) -> str | None:
+    """The reason why an update is passed over; None if steps lead to its result, like those that it folds."""
+    before = [file for file in files if file.content_id == other.previous]
+    before = before or [file for file in files if file.result == other.base]
+    at = before[-1].step if before else None
+    if any(file.result == other.result for file in files if at is None or file.step > at):
+        return None
+    told = f"{other.path}: is passed over, because its name is not that of a step"
+    if at is None:
+        return f"{told}; rename it to step-<n>.pxd, by the step after the one that it follows"
+    name = step_name(at + 1)
+    if any(step_of(file.path.name) == (at + 1, False) for file in files):
+        return f"{told}, and {name} follows the same state; move it away"
+    return f"{told}; rename it to {name}, because it follows step {at}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +161,10 @@ class Way:
 def chain_of(folder: Path) -> Way | None:
     """The way to the last state of a folder that a trainer continues; None if the folder has no chain.
 
-    Raises LiveModelError for a file that cannot be read, a gap, and updates without an anchor.
+    Raises LiveModelError for a file that cannot be read, a gap, updates without an anchor, and updates that continue
+    the chain under other names, because the next update would be a fork.
     """
-    files, problems = list_updates(folder)
+    files, others, problems = _listed(folder, {})
     if folder in problems:
         raise LiveModelError(problems[folder].partition(";")[0])
     if problems:
@@ -151,9 +184,42 @@ def chain_of(folder: Path) -> Way | None:
         updates.append(after)
         head = after
     left = [file for file in files if file.step > head.step]
+    _refuse_other_names(head, files, [*left, *others])
     if left:
         raise LiveModelError(f"{left[0].path}: a gap; no file leads to its base state")
     return Way(anchor=anchors[-1], updates=tuple(updates), head=head)
+
+
+def _refuse_other_names(head: UpdateFile, files: Sequence[UpdateFile], left: Sequence[UpdateFile | OtherFile]) -> None:
+    """Raise LiveModelError if some of the files `left` continue the chain from `head` on under other names."""
+    names = {file.content_id for file in files if file.step == head.step}
+    state, ordered = head.result, list[UpdateFile | OtherFile]()
+    ahead = list(left)
+    while (after := next((file for file in ahead if file.base == state and _follows(file, names)), None)) is not None:
+        ahead.remove(after)
+        ordered.append(after)
+        names, state = {after.content_id} | (names if after.result == state else set()), after.result or ""
+    while ordered and ordered[-1].result == ordered[-1].base:  # nothing is lost without it
+        ordered.pop()
+    wrong = [
+        f"{file.path.name} to {step_name(number)}"
+        for number, file in enumerate(ordered, head.step + 1)
+        if step_of(file.path.name) != (number, False)
+    ]
+    if wrong:
+        # The last is renamed first, so that none takes the name of another one.
+        steps = (
+            ", then ".join(wrong[::-1]) if len(wrong) <= _NAMES else f"{wrong[0]}, and the later ones by their order"
+        )
+        raise LiveModelError(
+            f"{head.path.parent}: the updates after {head.path.name} do not have the names of their steps; rename "
+            f"{steps}, or move them away"
+        )
+
+
+def _follows(file: UpdateFile | OtherFile, names: Container[str]) -> bool:
+    """Whether an update may follow files with these content IDs; one that names none follows from its base."""
+    return file.previous is None or file.previous in names
 
 
 def next_update(
@@ -239,20 +305,39 @@ def standing(
 
 
 def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
-    match = _NAME.fullmatch(path.name)
+    place = step_of(path.name)
     with DeltaFile(path) as delta:
         manifest = delta.manifest
-        if match is None or manifest.result is None:
+        if place is None or manifest.result is None:
             raise OSError(f"{path}: has no result, so it is not an update")
-        if "peraxis.part" in manifest.metadata:  # SPEC 14
+        if PART_KEY in manifest.metadata:  # SPEC 14
             raise OSError(f"{path}: is a part of an update; join the parts with `peraxis-tools merge`")
         return UpdateFile(
             path=path,
-            step=int(match[2]),
-            is_anchor=match[1] == "anchor",
+            step=place[0],
+            is_anchor=place[1],
             content_id=delta.content_id,
             previous=manifest.previous,
             base=manifest.base.digest,
             result=manifest.result,
             stamp=stamp,
         )
+
+
+def _read_other(path: Path, stamp: tuple[int, int, int]) -> OtherFile:
+    """A file with the name of no step. One that cannot be read is no update, until it is replaced."""
+    try:
+        with DeltaFile(path) as delta:
+            manifest = delta.manifest
+    except PxdError:
+        return OtherFile(path=path, stamp=stamp)
+    if PART_KEY in manifest.metadata:  # SPEC 14
+        return OtherFile(path=path, stamp=stamp)
+    return OtherFile(
+        path=path,
+        content_id=delta.content_id,
+        previous=manifest.previous,
+        base=manifest.base.digest,
+        result=manifest.result,
+        stamp=stamp,
+    )

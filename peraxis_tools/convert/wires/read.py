@@ -16,6 +16,7 @@ from peraxis_tools.convert.wires.index_value import IndexValueFile, is_index_val
 from peraxis_tools.convert.wires.nemo import NemoFile
 from peraxis_tools.convert.wires.patch import WireFile, patched
 from peraxis_tools.convert.wires.xor import XorFolder, index_metadata
+from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.rules import claim_delta
@@ -99,7 +100,13 @@ def from_wire(
             base=links[-1].result if links else None,
         )
         with watched(progress, "convert", job.new.size) as step:
-            return write_update(job, step)
+            written = write_update(job, step)
+        if not written.changed:
+            note(
+                f"{source}: changes no weight of {state.label}; if the training step changed any, this is the state "
+                "after the step: pass the one before it as the base"
+            )
+        return written
 
 
 class _Changed(DerivedCheckpoint):

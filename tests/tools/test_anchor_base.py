@@ -1,0 +1,165 @@
+"""An anchor gets the configuration and the tokenizer of its base, so it must be of the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peraxis
+import peraxis_format as pxd
+from peraxis_tools.errors import CheckFailedError
+from tests.tools.compress_pairs import llama_config
+
+REMEDY = "; pass the checkpoint that the trainer began with as the base(, or publish all weights of the model)?"
+
+
+def model_of(**changes: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(llama_config(**changes), dtype=torch.bfloat16)
+
+
+def base_of(folder: Path, **changes: Any) -> Path:
+    model_of(**changes).save_pretrained(folder)
+    return folder
+
+
+def anchor_of(folder: Path, model: Any) -> Path:
+    return Path(peraxis.UpdateWriter(model, folder).step().path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a trainer, with an anchor of a model of two layers."""
+    return anchor_of(tmp_path / "run", model_of(num_hidden_layers=2)).parent
+
+
+def uses(run: Path, base: Path, output: Path) -> list[Any]:
+    return [
+        lambda: peraxis.apply(base, run, output),
+        lambda: peraxis.load_model(base, run),
+        lambda: peraxis.compact(base, run, output.with_suffix(".pxd")),
+        lambda: peraxis.verify(run, base=base),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 1}, r"it has model\.layers\.1\.\S+, and the config\.json of \S+other says 1 layer"),
+        ({"num_hidden_layers": 3}, r"it has no model\.layers\.2\.\S+\.weight, which is \[[0-9, ]+\] in \S+other"),
+        (
+            {"num_hidden_layers": 2, "hidden_size": 48},
+            r"model\.embed_tokens\.weight is \[32, 24\] there and \[32, 48\] in \S+other",
+        ),
+    ],
+)
+def test_an_anchor_of_another_size_is_refused_by_each_verb(
+    changes: dict[str, int], reason: str, run: Path, tmp_path: Path
+) -> None:
+    other = base_of(tmp_path / "other", **changes)
+    for use in uses(run, other, tmp_path / "out"):
+        with pytest.raises(CheckFailedError, match=rf"anchor-00000000\.pxd: is for another model; {reason}{REMEDY}$"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_the_base_lacks_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(num_hidden_layers=1)
+    model.value = torch.nn.Linear(24, 24, bias=False, dtype=torch.bfloat16)
+    run = anchor_of(tmp_path / "run", model).parent
+    peraxis.apply(base_of(tmp_path / "other", num_hidden_layers=1), run, tmp_path / "out")
+    noted = [message for message in caplog.messages if "that the base lacks" in message or " lacks, like " in message]
+    assert len(noted) == 1
+    assert "has 1 weight that" in noted[0]
+    assert "like value.weight" in noted[0]
+
+
+def test_layers_of_the_base_that_transformers_does_not_load_may_be_missing(run: Path, tmp_path: Path) -> None:
+    """Those that predict several tokens, after the layers that the configuration counts."""
+    other = base_of(tmp_path / "other", num_hidden_layers=3)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    peraxis.apply(other, run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_the_checkpoint_that_the_trainer_began_with_is_taken_without_a_word(
+    tie: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = base_of(tmp_path / "base", tie_word_embeddings=tie)
+    run = anchor_of(tmp_path / "run", model_of(tie_word_embeddings=tie)).parent
+    for use in uses(run, base, tmp_path / "out"):
+        use()
+    assert not [message for message in caplog.messages if "lacks" in message or "another model" in message]
+
+
+def lone(path: Path, tensors: dict[str, torch.Tensor], *, config: bool = False) -> Path:
+    """Write an anchor of these F32 tensors."""
+    with pxd.DeltaWriter(path, base=pxd.Identity(id="b"), fine_tuned=pxd.Identity(id="t"), chained=True) as writer:
+        for name, tensor in tensors.items():
+            module = pxd.ModuleDelta(
+                name=name, shape=tuple(tensor.shape), dtype=pxd.DType.F32, encoding=pxd.Encoding.FULL,
+                full=tensor.numpy(),
+            )  # fmt: skip
+            writer.add(module)
+        if config:
+            writer.add_asset("config.json", b"{}")
+        writer.finish()
+    return path
+
+
+def stored(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_a_copy_of_a_table_in_the_base_may_be_missing_and_another_table_may_not(tmp_path: Path) -> None:
+    table = torch.rand(8, 4)
+    anchor = lone(tmp_path / "a.pxd", {EMBED: table + 1})
+    peraxis.apply(stored(tmp_path / "tied", {EMBED: table, HEAD: table.clone()}), anchor, tmp_path / "out")
+    untied = stored(tmp_path / "untied", {EMBED: table, HEAD: table + 2})
+    with pytest.raises(CheckFailedError, match=rf"it has no lm_head\.weight, which is \[8, 4\] in .*{REMEDY}"):
+        peraxis.apply(untied, anchor, tmp_path / "other")
+
+
+def test_an_anchor_with_its_own_configuration_is_not_compared(tmp_path: Path) -> None:
+    base = stored(tmp_path / "base", {EMBED: torch.rand(8, 4), "model.norm.weight": torch.rand(4)})
+    anchor = lone(tmp_path / "a.pxd", {EMBED: torch.rand(9, 4)}, config=True)
+    assert peraxis.apply(base, anchor, tmp_path / "out").tensors == 1
+
+
+def test_bytes_of_the_base_are_read_only_for_tables_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    digest = pxd.Safetensors.sha256
+
+    def counted(self: pxd.Safetensors, name: str, **options: Any) -> str:
+        read.append(name)
+        return digest(self, name, **options)
+
+    monkeypatch.setattr(pxd.Safetensors, "sha256", counted)
+    table, others = torch.rand(8, 4), {f"model.layers.{i}.mlp.up_proj.weight": torch.rand(8, 4) for i in range(3)}
+    anchor = lone(tmp_path / "a.pxd", {EMBED: table, **others})
+    peraxis.apply(stored(tmp_path / "base", {EMBED: table, HEAD: table.clone(), **others}), anchor, tmp_path / "out")
+    assert set(read) == {EMBED, HEAD}
+
+
+def test_experts_that_the_model_fuses_are_not_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expert = "model.layers.0.mlp.experts.{}.up_proj.weight"
+    base = {EMBED: torch.rand(8, 4), **{expert.format(i): torch.rand(6, 4) for i in range(2)}}
+    fused = {EMBED: torch.rand(8, 4), "model.layers.0.mlp.experts.up_proj": torch.rand(2, 6, 4)}
+    peraxis.apply(stored(tmp_path / "base", base), lone(tmp_path / "a.pxd", fused), tmp_path / "out")
+    assert ["has 1 weight that" in message for message in caplog.messages].count(True) == 1
