@@ -31,6 +31,7 @@ from peraxis_tools.checkpoints.completeness import has_vocabulary, note_borrowed
 from peraxis_tools.checkpoints.json_files import json_object
 from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
+from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.display.shown import listed
 from peraxis_tools.errors import CheckFailedError, ToolError, first_line
@@ -139,13 +140,18 @@ def _build_model(
     from peraxis_tools.checkpoints.environment import parse_config
 
     dtype = config.get("dtype", config.get("torch_dtype", torch.float32))
-    options = {"dtype": dtype, **options, "output_loading_info": True}
+    # Other shapes are refused below, where transformers names none of them.
+    options = {"dtype": dtype, **options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     parsed = parse_config(config, label=label)
     # Use the class itself, because AutoModelForCausalLM.from_pretrained needs a folder.
     kind = _model_class(parsed, label)
     with _told(f"{label}: transformers cannot build its model"):
         model, info = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
     _refuse_random(info["missing_keys"], kind, label)
+    _refuse_other_shapes(info["mismatched_keys"], label)
+    if info["unexpected_keys"]:
+        names = listed(sorted(info["unexpected_keys"]), shown=3)
+        note(f"{label}: {kind.__name__}, the model of its config.json, has no {names}; they are not loaded")
     built: PreTrainedModel = model.eval()
     return built
 
@@ -168,6 +174,16 @@ def _refuse_random(missing: Collection[str], kind: type, label: str) -> None:
         raise CheckFailedError(
             f"{label}: has no {listed(sorted(missing), shown=3)}, which {kind.__name__}, the model of its config.json, "
             "needs; publish all weights of the model, or write the checkpoint with apply and load it with its own class"
+        )
+
+
+def _refuse_other_shapes(mismatched: Collection[tuple[str, Any, Any]], label: str) -> None:
+    """Raise CheckFailedError for weights that the model of the config.json has in other shapes."""
+    if mismatched:
+        name, own, wanted = min(mismatched)
+        raise CheckFailedError(
+            f"{label}: {name} is {list(own)}, and the model of its config.json has {list(wanted)} there; the "
+            "configuration is another model's"
         )
 
 

@@ -17,7 +17,9 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import sequence
+from peraxis_tools.checkpoints.assets import with_groups
 from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from peraxis_tools.checkpoints.completeness import is_update
 from peraxis_tools.deltas.parts import join_parts, refuse_part
 from peraxis_tools.deltas.rows import base_rows
 from peraxis_tools.deltas.unpacked import UnpackedFile, unpacked
@@ -149,7 +151,7 @@ def merge(
             masks = min(pxd.COMPONENTS_MAX, sum(_masks(file) for file in files))
         with _writer(output, files, ordered, mixture, masks, name, overwrite=overwrite) as writer:
             modules = tuple(_add_all(writer, files, ordered, mixture, masks, checkpoint, step))
-            _add_rest(writer, files, ordered)
+            _add_rest(writer, files, ordered, checkpoint)
             manifest = writer.finish()
     inputs = tuple(
         MergeInput(path=str(path), content_id=file.content_id, weight=float(weight))
@@ -307,13 +309,20 @@ def _add_all(
     return merged
 
 
-def _add_rest(writer: pxd.DeltaWriter, files: Sequence[pxd.DeltaFile], weights: Sequence[float]) -> None:
-    """Add aliases and dropped names, and the assets of the input with the largest weight; note those that differ."""
+def _add_rest(
+    writer: pxd.DeltaWriter, files: Sequence[pxd.DeltaFile], weights: Sequence[float], base: Checkpoint | None
+) -> None:
+    """Add aliases and dropped names, and the assets of the input with the largest weight; note those that differ.
+
+    An update has only the assets that changed. The merge is no update, so it gets the others of the base.
+    """
     manifest = files[0].manifest
     main = max(zip(files, weights, strict=True), key=lambda pair: pair[1])[0]
     taken = set(main.manifest.assets)
     odd = sorted({asset.path for file in files for asset in taken ^ set(file.manifest.assets)})
     if odd:
         note(f"{writer.path}: the inputs differ in {listed(odd)}; the small files of {main.path} are taken")
-    assets = ((asset.path, main.asset(asset.path)) for asset in main.manifest.assets)
-    writer.add_rest(tied=manifest.tied, dropped=manifest.dropped, assets=assets)
+    assets = {asset.path: main.asset(asset.path) for asset in main.manifest.assets}
+    if is_update(main.manifest) and base is not None:
+        assets = with_groups(dict(base.assets(checked=False)), assets)
+    writer.add_rest(tied=manifest.tied, dropped=manifest.dropped, assets=assets.items())

@@ -50,7 +50,7 @@ def merge_exact(
         rows_of = mixed()
         for rows in row_blocks(first.covered):
             block = base(rows).astype(np.float64) + rows_of(rows)
-            out[rows if first.shape else ...] = pxd.from_float32(block.astype(np.float32), first.dtype)
+            out[rows if first.shape else ...] = _rounded(block, first.dtype, first.name)
     if first.shape and covered < first.shape[0]:
         out[covered:] = _mean([_rows_beyond(module, covered) for module in modules], weights, first.dtype, first.name)
     return replace(first, encoding=pxd.Encoding.FULL, components=(), full=out, tail=None)
@@ -104,5 +104,15 @@ def _mean(arrays: Sequence[pxd.Array], weights: Sequence[float], dtype: pxd.DTyp
             weight / total * pxd.to_float32(array[rows], dtype).astype(np.float64)
             for array, weight in zip(arrays, weights, strict=True)
         )
-        out[rows] = pxd.from_float32(np.asarray(block, np.float32), dtype)
+        out[rows] = _rounded(np.asarray(block), dtype, name)
     return out
+
+
+def _rounded(block: NDArray[np.float64], dtype: pxd.DType, name: str) -> pxd.Array:
+    """Round to the dtype. Raises ToolError for a finite number that is not finite in it."""
+    with np.errstate(over="ignore"):
+        stored = pxd.from_float32(block.astype(np.float32), dtype)
+    if np.any(np.isfinite(block) & ~np.isfinite(pxd.to_float32(stored, dtype))):
+        largest = np.abs(block[np.isfinite(block)]).max()
+        raise ToolError(f"{name}: a number of the sum is {largest:g}, which {dtype.value} has not; lower the weights")
+    return stored

@@ -12,9 +12,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Final
+from typing import Final, TypeAlias
 
 from peraxis_tools.process.interrupts import end_at_once, raise_interrupt, received
 
@@ -22,6 +23,9 @@ __all__ = ["Terminated", "drop_output", "drop_signals", "interrupt_behind", "pre
 
 # Signals that ask a process to end. Each is raised as Terminated, so that open contexts clean up.
 _ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_CLEANUP_SECONDS: Final = 10.0  # after which a process that a signal was to end has not noticed it
+_terminated_at: list[float] = []  # the time of the last such signal
+_Handler: TypeAlias = Callable[[int, FrameType | None], None]
 
 
 class Terminated(BaseException):
@@ -112,17 +116,29 @@ def prepared_process() -> Iterator[None]:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    drop_signals()  # do not interrupt the cleanup
+    _replace_handlers(_drop_for_a_while, instead_of=(raise_interrupt, _terminate))  # do not interrupt the cleanup
     received.append(number)
+    _terminated_at[:] = [time.monotonic()]
     raise Terminated(number)
+
+
+def _drop_for_a_while(number: int, frame: FrameType | None) -> None:
+    # Python discards an exception that is raised within `__del__`, and the process goes on. Then a later signal counts.
+    if time.monotonic() - _terminated_at[0] >= _CLEANUP_SECONDS:
+        _terminated_at[:] = [time.monotonic()]
+        raise Terminated(number)
 
 
 def drop_signals() -> None:
     """Do nothing at further signals, because this process ends. Only handlers of `prepared_process` are replaced."""
+    _replace_handlers(_drop, instead_of=(raise_interrupt, _terminate, _drop_for_a_while))
+
+
+def _replace_handlers(handler: _Handler, *, instead_of: tuple[_Handler, ...]) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (*_ENDING, signal.SIGINT):
-            if signal.getsignal(number) in (raise_interrupt, _terminate):
-                signal.signal(number, _drop)
+            if signal.getsignal(number) in instead_of:
+                signal.signal(number, handler)
 
 
 def _drop(number: int, frame: FrameType | None) -> None:

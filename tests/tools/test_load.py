@@ -266,6 +266,25 @@ def test_weights_that_a_state_lacks_are_refused_and_not_drawn_at_random(pair: di
         peraxis_tools.load(chain, base)
 
 
+def test_tensors_that_the_model_has_no_place_for_are_named(
+    pair: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = load_file(pair["base"] / "model.safetensors") | {"score.weight": torch.ones(2, 24, dtype=torch.bfloat16)}
+    peraxis_tools.load(published(tmp_path / "chain", state, 1), pair["base"])
+    assert "LlamaForCausalLM, the model of its config.json, has no score.weight; they are not loaded" in caplog.text
+
+
+def test_weights_of_another_shape_than_the_configuration_s_are_refused_by_name(
+    pair: dict[str, Path], tmp_path: Path
+) -> None:
+    config = json.loads((pair["base"] / "config.json").read_text())
+    base = shutil.copytree(pair["base"], tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    chain = published(tmp_path / "chain", load_file(base / "model.safetensors"), 1)
+    with pytest.raises(CheckFailedError, match=r"down_proj\.weight is \[.*\], and the model of its config\.json has"):
+        peraxis_tools.load(chain, base)
+
+
 def test_updates_that_are_named_are_taken_as_their_folder_is(pair: dict[str, Path], tmp_path: Path) -> None:
     state = load_file(pair["base"] / "model.safetensors")
     chain = published(tmp_path / "chain", state, 5, anchor_every=2)

@@ -220,6 +220,36 @@ def test_what_cannot_be_summed_is_called_what_it_is(tmp_path: Path) -> None:
     assert f"{part}: is a part of a delta" in said(part, second)
 
 
+def test_a_sum_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    paths = []
+    for name, value in (("base", 40000.0), ("a", 60000.0), ("b", 64000.0)):
+        write_checkpoint(tmp_path / name, {"m.weight": (np.full((8, 8), value, np.float16), pxd.DType.F16)})
+        if name != "base":
+            (tmp_path / f"{name}-chain").mkdir()
+            paths.append(update(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-chain" / "1.pxd").path)
+    with pytest.raises(ToolError, match=r"m\.weight: a number of the sum is 84000, which F16 has not"):
+        merge(paths, tmp_path / "m.pxd", weights=[1.0, 1.0], base=tmp_path / "base", mixture=Mixture(normalize=False))
+    merge(paths, tmp_path / "m.pxd", weights=[0.5, 0.5], base=tmp_path / "base")
+
+
+def test_a_merge_of_updates_has_the_small_files_that_they_leave_to_the_base(tmp_path: Path) -> None:
+    array = random_storage(np.random.default_rng(0), (8, 16))
+    paths = []
+    for i, name in enumerate(("base", "a", "b")):
+        write_checkpoint(tmp_path / name, {"m.weight": (array ^ np.uint16(i), pxd.DType.BF16)})
+        (tmp_path / name / "config.json").write_text(f'{{"number": {i}}}')
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+        if name != "base":
+            (tmp_path / f"{name}-chain").mkdir()
+            paths.append(update(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-chain" / "1.pxd").path)
+    merge(paths, tmp_path / "m.pxd", weights=[0.7, 0.3], base=tmp_path / "base")
+    with pxd.open(tmp_path / "m.pxd") as file:
+        assert {asset.path: file.asset(asset.path) for asset in file.manifest.assets} == {
+            "config.json": b'{"number": 1}',
+            "tokenizer.json": b"{}",
+        }
+
+
 def test_rows_that_the_base_lacks_have_no_mean_with_weights_of_both_signs(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     base = random_storage(rng, (4, 11))

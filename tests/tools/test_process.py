@@ -100,6 +100,26 @@ main()
 """
 
 
+@pytest.mark.parametrize("second", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_process_that_lost_the_exception_of_a_signal_ends_at_a_later_one(second: str) -> None:
+    """Python discards exceptions within `__del__`."""
+    program = (
+        "import os, signal, time\n"
+        "from peraxis_tools.process import command_line\n"
+        "class Lost:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
+        "with command_line.prepared_process():\n"
+        "    Lost()\n"
+        f"    os.kill(os.getpid(), signal.{second})  # within the time of a cleanup, so it is dropped\n"
+        "    command_line._terminated_at[0] -= 11.0\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), signal.{second}); time.sleep(5)\n"
+        "    except command_line.Terminated as ended: print(ended.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{second}\n", done.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_while_writing_cleans_up_and_is_told_by_the_exit_code(
     inputs: Path, tmp_path: Path, number: str, code: int

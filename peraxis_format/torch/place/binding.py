@@ -79,9 +79,13 @@ def check_live(
 
 
 def _named(failure: PxdError, manifest: Manifest) -> PxdError:
-    """The error with the name of the delta's base."""
+    """The error with the name of the delta's base, or of the update before it."""
     error = BindingError(failure.code, failure.detail, field=failure.field)
-    error.advice = base_advice(manifest.base.id, manifest.base.revision)
+    error.advice = (
+        base_advice(manifest.base.id, manifest.base.revision)
+        if manifest.previous is None
+        else f"it follows update {manifest.previous}: apply that one to the model first"
+    )
     return error
 
 
