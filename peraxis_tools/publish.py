@@ -21,7 +21,7 @@ from peraxis_tools.card import CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoints.checkpoint import is_delta, parse_identity
 from peraxis_tools.deltas.inspection import inspect
 from peraxis_tools.deltas.parts import refuse_part
-from peraxis_tools.deltas.signatures import signature_path
+from peraxis_tools.deltas.signatures import refuse_stale_signature, signature_path
 from peraxis_tools.display.progress import Progress, ProgressOf, stages_of
 from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.outputs.folders import atomic_folder
@@ -161,6 +161,7 @@ def _verify(path: Path, progress: ProgressOf) -> None:
         refuse_part(delta.manifest, path)
         with progress("verify", delta.data_size) as step:
             delta.verify(progress=step)
+    refuse_stale_signature(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,16 @@ Nothing here uses a network.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from peraxis_tools.arguments import refuse_idle, sequence
 from peraxis_tools.display.progress import Progress, stages_of
@@ -22,7 +25,9 @@ from peraxis_tools.outputs.folders import scratch_folder
 from peraxis_tools.outputs.rules import claim_file
 from peraxis_tools.process.optional import require
 
-__all__ = ["SignResult", "check_signature", "sign", "signature_path"]
+__all__ = ["SignResult", "check_signature", "refuse_stale_signature", "sign", "signature_path"]
+
+_BUNDLE_MOST: Final = 1 << 24  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,36 @@ def signature_path(file: str | Path) -> Path:
     """The default path of a file's bundle."""
     file = Path(file)
     return file.with_name(f"{file.name}.sig")
+
+
+def refuse_stale_signature(file: Path) -> None:
+    """Raise ToolError if the bundle beside a file, if there is one, is not for the file's bytes. This needs no key.
+
+    A bundle is a statement of the SHA-256 of what was signed. Whether the signature holds, `check_signature` says.
+    """
+    bundle = signature_path(file)
+    if not os.path.isfile(bundle):
+        return
+    signed = _signed_digests(bundle)
+    if not signed:
+        raise ToolError(f"{bundle}: is no signature that can be read; remove it, or sign with `peraxis-tools sign`")
+    with open(file, "rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() not in signed:
+            raise ToolError(
+                f"{bundle}: was made for other bytes than those of {file.name}; sign it again with "
+                f"`peraxis-tools sign --overwrite`, or remove the signature"
+            )
+
+
+def _signed_digests(bundle: Path) -> set[str]:
+    """The SHA-256 of the files that a bundle's statement lists; empty for what is no bundle."""
+    try:
+        with open(bundle, "rb") as opened:
+            envelope = json.loads(opened.read(_BUNDLE_MOST))["dsseEnvelope"]
+        resources = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
+        return {str(each["digest"]) for each in resources if each["algorithm"] == "sha256"}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return set()
 
 
 def sign(

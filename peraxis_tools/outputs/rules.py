@@ -65,7 +65,7 @@ def claim_delta(path: str | Path, *, overwrite: bool, inputs: Inputs) -> Iterato
 
 @contextlib.contextmanager
 def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs = ()) -> Iterator[None]:
-    """`claim_file` for several output files of one run, in existing folders."""
+    """`claim_file` for several output files of one run, in existing folders. Notes a signature that is left behind."""
     _check_files(paths, overwrite=overwrite, inputs=inputs)
     with contextlib.ExitStack() as stack:
         for file in map(_plain, paths):
@@ -74,6 +74,7 @@ def claim_files(paths: Sequence[str | Path], *, overwrite: bool, inputs: Inputs 
             else:
                 stack.enter_context(_only_run(file))
                 stack.enter_context(told_on_interrupt(_unwritten(file)))
+                stack.enter_context(_signature_told(file))
         yield
 
 
@@ -132,6 +133,17 @@ def check_folder(path: str | Path, *, overwrite: bool, inputs: Inputs, repositor
     refuse_missing(folder.parent)
     refuse_folder(folder, overwrite=overwrite, repository=repository)
     return folder
+
+
+@contextlib.contextmanager
+def _signature_told(file: Path) -> Iterator[None]:
+    """Note, at the end of a run that wrote this file, that the signature beside it is of an earlier one."""
+    signature = file.with_name(f"{file.name}.sig")
+    before = _identity(file), _identity(signature)
+    yield
+    written, kept = _identity(file) != before[0], _identity(signature) == before[1] is not None
+    if written and kept:
+        note(f"{signature}: was made for an earlier {file.name}; sign it again with `peraxis-tools sign`")
 
 
 def _unwritten(path: Path) -> Callable[[], str | None]:

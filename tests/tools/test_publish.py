@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import json
 import re
 import shlex
@@ -31,6 +33,14 @@ def delta(tmp_path: Path) -> Path:
     return tmp_path / "delta.pxd"
 
 
+def write_bundle(signed: Path) -> None:
+    """A bundle beside the file, with the statement that model-signing makes and no signature."""
+    digest = hashlib.sha256(signed.read_bytes()).hexdigest()
+    statement = {"predicate": {"resources": [{"name": ".", "algorithm": "sha256", "digest": digest}]}}
+    payload = base64.b64encode(json.dumps(statement).encode()).decode()
+    signed.with_name(f"{signed.name}.sig").write_text(json.dumps({"dsseEnvelope": {"payload": payload}}))
+
+
 def evaluation(path: Path, content_id: str) -> Path:
     fidelity = {"kl": 0.0123, "top1": 0.95}
     domain = {
@@ -48,10 +58,26 @@ def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(head)
 
 
+@pytest.mark.parametrize("bundle", ["stale", "{}", "not json", '{"dsseEnvelope": {"payload": 5}}'])
+def test_a_signature_that_is_not_for_these_bytes_is_not_published(delta: Path, tmp_path: Path, bundle: str) -> None:
+    other = tmp_path / "other" / "delta.pxd"
+    other.parent.mkdir()
+    other.write_bytes(b"other bytes")
+    write_bundle(other)
+    made = other.with_name("delta.pxd.sig").read_text() if bundle == "stale" else bundle
+    (tmp_path / "delta.pxd.sig").write_text(made)
+    done = CliRunner().invoke(command, ["me/delta", str(delta), "--dry-run", str(tmp_path / "repo")])
+    assert isinstance(done.exception, ToolError)
+    said = "was made for other bytes than those of delta.pxd" if bundle == "stale" else "is no signature"
+    assert said in str(done.exception)
+    assert "peraxis-tools sign" in str(done.exception)
+    assert not (tmp_path / "repo").exists()
+
+
 def test_a_dry_run_is_the_repository_in_a_folder(delta: Path, tmp_path: Path) -> None:
     with pxd.open(delta) as file:
         content_id = file.content_id
-    (tmp_path / "delta.pxd.sig").write_text("{}")
+    write_bundle(tmp_path / "delta.pxd")
     report = evaluation(tmp_path / "eval.json", content_id)
     arguments = ["me/delta", str(delta), "--dry-run", str(tmp_path / "repo"), "--evaluation", str(report)]
     done = CliRunner().invoke(command, [*arguments, "--license", "apache-2.0", "--json"])

@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import peraxis_format as pxd
 from peraxis_tools.commands.sign import command as sign_command
 from peraxis_tools.commands.verify import command as verify_command
+from peraxis_tools.compress import compress
+from peraxis_tools.deltas.signatures import refuse_stale_signature
+from peraxis_tools.errors import ToolError
+from peraxis_tools.outputs.rules import claim_delta
 from tests.factories import random_storage, sign_module, write_delta
 
 pytest.importorskip("model_signing")
@@ -154,3 +159,44 @@ def test_a_key_of_another_kind_is_named(tmp_path: Path, delta: Path) -> None:
     (tmp_path / "other.pem").write_bytes(key.private_bytes(*kinds))
     done = CliRunner().invoke(sign_command, [str(delta), "--private-key", str(tmp_path / "other.pem")])
     assert "no elliptic-curve key; make one" in str(done.exception)
+
+
+def test_publish_takes_the_signature_of_these_bytes_and_refuses_that_of_the_file_before(
+    delta: Path, tmp_path: Path
+) -> None:
+    _, private, _ = write_key(tmp_path, "mine")
+    sign(delta, "--private-key", private)
+    refuse_stale_signature(delta)
+    rng = np.random.default_rng(1)
+    write_delta(delta, [sign_module(rng, "a.weight", random_storage(rng, (16, 24)))])
+    with pytest.raises(ToolError, match="was made for other bytes than those of delta"):
+        refuse_stale_signature(delta)
+    sign(delta, "--private-key", private, "--overwrite")
+    refuse_stale_signature(delta)
+
+
+def test_a_file_that_is_replaced_beside_its_signature_says_so(
+    delta: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.tools.output_cases import make_inputs  # it imports this file
+
+    make_inputs(tmp_path)
+    bundle = tmp_path / "delta.pxd.sig"
+
+    def notes(bundle_changes: bool) -> list[str]:
+        caplog.clear()
+        with claim_delta(delta, overwrite=True, inputs=()):
+            if bundle_changes:
+                bundle.unlink(missing_ok=True)
+                bundle.write_text("{}")
+            with pxd.atomic_file(delta, overwrite=True) as target:
+                target.write(b"other bytes")
+        return caplog.messages
+
+    assert notes(bundle_changes=False) == []
+    assert notes(bundle_changes=True) == []
+    assert notes(bundle_changes=False) == [
+        f"{bundle}: was made for an earlier delta.pxd; sign it again with `peraxis-tools sign`"
+    ]
+    compress(tmp_path / "base", tmp_path / "tuned", delta, fit="none", overwrite=True)
+    assert f"{bundle}: was made for an earlier delta.pxd" in caplog.text
