@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
+from peraxis_tools.card_updates import Place, places
 from peraxis_tools.deltas.calibration_text import calibration_text
 from peraxis_tools.deltas.inspection import InspectResult
 from peraxis_tools.display.shown import counted, times_smaller
@@ -50,7 +51,7 @@ _METRICS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardDelta:
-    """One delta of the card. base_id: replaces the manifest's; pipeline: from the configuration."""
+    """One delta of the card. base_id: replaces the manifest's; architecture: from the configuration."""
 
     file: str
     found: InspectResult
@@ -86,8 +87,12 @@ def card_text(
     # A ModelCard's data are ModelCardData; the library types them as the base class.
     data = cast("ModelCardData", card.data) if card is not None else None
     text = card.text.strip("\n") if card is not None else f"# {_md(deltas[0].found.manifest.fine_tuned.id)}"
+    chain = places({delta.file: delta.found.manifest for delta in deltas})
+    by_file = {delta.file: delta for delta in deltas}
     for delta in deltas:
-        text = _with_section(text, delta.file, "\n".join(_section(repository, delta)))
+        place = chain.get(delta.file)
+        base = _base_to_pass(delta, place, by_file)
+        text = _with_section(text, delta.file, "\n".join(_section(repository, delta, place, base)))
     merged = _data(repository, deltas, data, _inherited(fine_tuned_card), license, relation)
     return f"---\n{merged.to_yaml()}\n---\n\n{text}\n"
 
@@ -204,21 +209,32 @@ def _has_signs(found: InspectResult) -> bool:
     return any(module.components for module in found.manifest.modules)
 
 
-def _section(repository: str, delta: CardDelta) -> Iterator[str]:
+def _section(repository: str, delta: CardDelta, place: Place | None, base: str) -> Iterator[str]:
     found = delta.found
-    kind = "a 1-bit difference" if _has_signs(found) else "an exact difference"
     yield f"## {_md(delta.file)}"
     yield ""
     yield (
-        f"A full fine-tune of {_md(delta.base.id)} as {kind} in the PXD format: {found.bytes:,} bytes "
+        f"{_what(delta, place)} in the PXD format: {found.bytes:,} bytes "
         f"for a checkpoint of {found.full_bytes:,}, **{times_smaller(found.full_bytes, found.bytes)}**."
     )
     yield ""
-    yield from _facts(delta)
-    yield from _loading(repository, delta)
+    yield from _facts(delta, place)
+    yield from _loading(repository, delta, place, base)
     yield from _sizes(found)
     if delta.evaluation is not None:
         yield from _fidelity(delta.evaluation)
+
+
+def _what(delta: CardDelta, place: Place | None) -> str:
+    """The kind of file, in words. place: that of an update."""
+    if place is None:
+        kind = "a 1-bit difference" if _has_signs(delta.found) else "an exact difference"
+        return f"A full fine-tune of {_md(delta.base.id)} as {kind}"
+    if place.whole:
+        return "A whole state of a chain of exact updates"
+    if place.previous is not None:
+        return f"An exact update that follows {_md(place.file) if place.file else 'another one'},"
+    return f"An exact update of {_md(delta.base.id)}"
 
 
 def _md(value: str) -> str:
@@ -226,11 +242,16 @@ def _md(value: str) -> str:
     return _SPECIAL.sub(r"\\\1", plain)
 
 
-def _facts(delta: CardDelta) -> Iterator[str]:
+def _facts(delta: CardDelta, place: Place | None) -> Iterator[str]:
     base, found = delta.base, delta.found
     revision = f" at `{_md(base.revision)}`" if base.revision else ""
     yield f"- content ID `{found.content_id}`"
-    yield f"- base {_md(base.id)}{revision}, `{found.manifest.base.digest}`"
+    if place is None or (place.previous is None and not place.whole):
+        yield f"- base {_md(base.id)}{revision}, `{found.manifest.base.digest}`"
+    elif place.previous is not None:
+        yield f"- follows {f'{_md(place.file)}, ' if place.file else ''}content ID `{place.previous}`"
+    if place is not None:
+        yield f"- the state after it is `{found.manifest.result}`"
     calibration = found.manifest.calibration
     if calibration is not None:
         yield (
@@ -241,24 +262,54 @@ def _facts(delta: CardDelta) -> Iterator[str]:
     yield ""
 
 
-def _loading(repository: str, delta: CardDelta) -> Iterator[str]:
-    hub = delta.base.id if HUB_ID.fullmatch(delta.base.id) else "BASE"
-    base = f"{hub}@{delta.base.revision}" if hub != "BASE" and delta.base.revision else hub
-    file = shlex.quote(delta.file)
+def _base_to_pass(delta: CardDelta, place: Place | None, deltas: Mapping[str, CardDelta]) -> str:
+    """The hub id to pass as the base, that of the chain's first update for one of its others; else BASE."""
+    identity: pxd.Identity | None = delta.base
+    if place is not None and (place.whole or place.previous is not None) and delta.base_id is None:
+        first = deltas.get(place.first or "")
+        identity = None if first is None or place.whole else first.base
+    if identity is None or not HUB_ID.fullmatch(identity.id):
+        return "BASE"
+    return f"{identity.id}@{identity.revision}" if identity.revision else identity.id
+
+
+def _loading(repository: str, delta: CardDelta, place: Place | None, base: str) -> Iterator[str]:
+    file, quoted = shlex.quote(delta.file), shlex.quote(base)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", delta.file)), default=0))
+    follows = place is not None and place.previous is not None
     yield f"### Load {_md(delta.file)}"
     yield ""
+    if follows:
+        yield (
+            f"An update is applied after those before it: these commands take all updates of this repository, and "
+            f"write the state after the last one. {base} is the checkpoint that the chain begins with; if it begins "
+            "with a whole state, any checkpoint of this model, for its configuration and tokenizer."
+        )
+        yield ""
+    elif place is not None and place.whole:
+        yield (
+            "This file has every weight, so it needs no base. apply and load take the configuration and the tokenizer "
+            f"from {base}, which is any checkpoint of this model."
+        )
+        yield ""
     yield f"{fence}sh"
     yield "pip install 'peraxis[hub]'"
-    yield f"hf download {repository} {file} --local-dir ."
-    yield f"peraxis-tools verify {file} --base {shlex.quote(base)} --expect-content-id {delta.found.content_id}"
-    yield f"peraxis-tools apply {shlex.quote(base)} {file} -o model"
+    if follows:
+        yield f"hf download {repository} --include '*.pxd' --local-dir updates"
+        yield f"peraxis-tools verify updates --base {quoted}"
+        yield f"peraxis-tools apply {quoted} updates -o model"
+    else:
+        on = "" if place is not None and place.whole else f" --base {quoted}"
+        yield f"hf download {repository} {file} --local-dir ."
+        yield f"peraxis-tools verify {file}{on} --expect-content-id {delta.found.content_id}"
+        yield f"peraxis-tools apply {quoted} {file} -o model"
     yield fence
     yield ""
     yield f"{fence}python"
     yield "import peraxis  # pip install 'peraxis[compress,hub]'"
     yield ""
-    yield f"model, tokenizer = peraxis.load({json.dumps(delta.file)}, base={json.dumps(base)})"
+    named = "updates" if follows else delta.file
+    yield f"model, tokenizer = peraxis.load({json.dumps(named)}, base={json.dumps(base)})"
     yield fence
     yield ""
 
