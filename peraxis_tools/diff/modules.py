@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.kinds import axes_text, group_of
 from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
+<<<<<<< /work/main/.merge_tmp/ours.py
 from peraxis_tools.diff.packed import InnerProducts, Packed, inner_products, magnitude, square
 from peraxis_tools.diff.result import ModuleDiff, relative_distance
+=======
+from peraxis_tools.diff.packed import Moments, Packed, magnitude, moments, square
+from peraxis_tools.diff.result import NEEDS_BASE, ModuleDiff, relative_distance
+>>>>>>> /work/main/.merge_tmp/theirs.py
 from peraxis_tools.diff.stream import checked_blocks, packed_components
 
 __all__ = ["compare_modules"]
 
 _SMALL = 1 << 20  # bytes of a module
-_NEEDS_BASE = "stored exactly; pass base (--base) for its delta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,8 @@ def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRow
         a.check(name)
         b.check(name)
         return _identical(a, name, base)
+    if _equal_weights(a, b, name, base):
+        return replace(_identical(a, name, base), changes=_entry_changes(entry_a, entry_b))
     measure = _measure(a, b, name, base)
     found = measure.products
     norm_a = None if found is None else math.sqrt(found.square_a)
@@ -73,6 +79,43 @@ def compare_modules(a: pxd.DeltaFile, b: pxd.DeltaFile, name: str, base: BaseRow
         relative=relative_distance(measure.distance, norm_a),
         note=measure.note,
     )
+
+
+def _equal_weights(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: BaseRows | None) -> bool:
+    """Whether both store the same weights without loss, bit for bit. `same` is compared only if the base is known.
+
+    The digests of equal ones are checked.
+    """
+    a, b = file_a.entry(name), file_b.entry(name)
+    stored = sorted(entry.encoding.value for entry in (a, b))
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or stored not in (["full", "full"], ["full", "same"]):
+        return False
+    if stored == ["full", "same"] and (base is None or not has_delta(a) or not has_delta(b)):
+        return False
+    modules = sorted((_module(file_a, name), _module(file_b, name)), key=lambda module: module.encoding.value)
+    if stored == ["full", "full"]:
+        equal = _equal_bytes(*(module.full for module in modules))
+    else:
+        equal = base is not None and _is_base(modules[0], base)
+    if equal:
+        file_a.check(name)
+        file_b.check(name)
+    return equal
+
+
+def _is_base(module: pxd.ModuleDelta, base: BaseRows) -> bool:
+    """Whether a `full` module has no new rows, and the base's weights, rounded once to its dtype (SPEC 6.3)."""
+    if module.full is None or (module.shape and module.kept < module.shape[0]):
+        return False
+    blocks = ((rows, module.full[rows] if module.shape else module.full) for rows in row_blocks(module.shape))
+    return all(_equal_bytes(part, pxd.from_float32(base(rows), module.dtype)) for rows, part in blocks)
+
+
+def _equal_bytes(a: pxd.Array | None, b: pxd.Array | None) -> bool:
+    if a is None or b is None:
+        return False
+    left, right = (np.frombuffer(pxd.raw_bytes(array), np.uint8) for array in (a, b))
+    return np.array_equal(left, right)
 
 
 def _identical(file: pxd.DeltaFile, name: str, base: BaseRows | None) -> ModuleDiff:
@@ -112,7 +155,7 @@ def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: Base
     if has_delta(a) and has_delta(b) and base is not None:
         found = _dense_products(_module(file_a, name), _module(file_b, name), base)
         return _Measure(found, distance=math.sqrt(found.square_distance))
-    note = _NEEDS_BASE if has_delta(a) and has_delta(b) else "has no base tensor"
+    note = NEEDS_BASE if has_delta(a) and has_delta(b) else "has no base tensor"
     whole_a, whole_b = (_module(file, name) for file in (file_a, file_b))
     if whole_a.full is None or whole_b.full is None:
         return _Measure(note=note)

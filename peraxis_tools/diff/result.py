@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-__all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "group", "relative_distance"]
+__all__ = ["NEEDS_BASE", "DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "group", "relative_distance"]
+
+NEEDS_BASE: Final = "stored exactly; pass base (--base) for its delta"  # a note of ModuleDiff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +25,11 @@ class ManifestChange:
 class ModuleDiff:
     """One module in both.
 
-    identical: the payloads are equal (with a checkpoint: the weights after apply are equal). changes: differences of
-    its entries, like `axis row -> col`. sign_agreement: the share of equal bits of the first masks (with a checkpoint:
-    of the changed weights). scale_change: the mean |first component| of B divided by that of A. norm_a, norm_b,
-    distance: of the deltas; relative = distance / norm_a. Each is None if it is unknown, and note gives the reason.
+    identical: the payloads are equal, or both store the same weights without loss (with a checkpoint: the weights after
+    apply are equal). changes: differences of its entries, like `axis row -> col`. sign_agreement: the share of equal
+    bits of the first masks (with a checkpoint: of the changed weights). scale_change: the mean |first component| of B
+    divided by that of A. norm_a, norm_b, distance: of the deltas; relative = distance / norm_a. Each is None if it is
+    unknown, and note gives the reason.
     """
 
     name: str

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peraxis_tools.diff import DiffResult, GroupDiff, ModuleDiff
+from peraxis_tools.diff.result import NEEDS_BASE
 from peraxis_tools.display.shown import listed
 from peraxis_tools.report.console import text
 
@@ -30,7 +31,8 @@ def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
     for label, name, content_id in (("a", result.a, result.content_id_a), ("b", result.b, result.content_id_b)):
         console.print(f"{label}  {text(name)}\n   {text(content_id or 'a checkpoint')}")
     if total.measured < total.module_count and not result.equal:
-        console.print(f"distances are over {total.measured} of {total.module_count} modules: exact tensors need --base")
+        why = "exact tensors need --base" if _needs_base(result) else "the others have no delta to one base"
+        console.print(f"distances are over {total.measured} of {total.module_count} modules: {why}")
     for label, names in (("a", result.only_in_a), ("b", result.only_in_b)):
         if names:
             console.print(f"only in {label}: {text(listed(names, _NAMES_SHOWN))}")
@@ -39,6 +41,10 @@ def render_diff(result: DiffResult, console: Console, *, top: int) -> None:
         if top:
             console.print(_modules(_worst(result, top), console.width))
     _manifest(result, console)
+
+
+def _needs_base(result: DiffResult) -> bool:
+    return any(module.note == NEEDS_BASE for module in result.modules)
 
 
 def _manifest(result: DiffResult, console: Console) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
+from peraxis_tools.chain import update
 from peraxis_tools.checkpoints.kinds import axes_text
 from peraxis_tools.commands.diff import command
 from peraxis_tools.deltas.rows import delta_rows, restrict, row_blocks
@@ -154,6 +155,44 @@ def test_exact_tensors_have_a_distance_alone_and_norms_with_the_base(tmp_path: P
     assert with_base.relative == pytest.approx(
         np.linalg.norm(f["x"] - f["y"]) / np.linalg.norm(f["x"] - f["base"]), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_equal_weights_that_are_stored_in_two_ways_are_no_difference(tmp_path: Path, same: bool) -> None:
+    rng = np.random.default_rng(0)
+    base, other, tuned = (random_storage(rng, (6, 8)) for _ in range(3))
+    tuned = base if same else tuned
+    folder = write_checkpoint(tmp_path / "base", {"a.weight": (base, pxd.DType.BF16)})
+    full = exact("a.weight", base, tuned)
+    if same:
+        b = write_delta(tmp_path / "b.pxd", [replace(full, encoding=pxd.Encoding.SAME, full=None)])
+    else:
+        write_checkpoint(tmp_path / "tuned", {"a.weight": (tuned, pxd.DType.BF16)})
+        b = update(folder, tmp_path / "tuned", tmp_path / "b.pxd").path
+    a = write_delta(tmp_path / "a.pxd", [full])
+    for pair in ((a, b), (b, a)):
+        result = diff(*pair, base=folder)
+        (found,) = result.modules
+        assert (found.identical, found.distance, result.total.different) == (True, 0.0, 0)
+        assert found.changes == () if not same else ("encoding" in found.changes[0])
+    changed = write_delta(tmp_path / "c.pxd", [exact("a.weight", base, other)])
+    assert [diff(changed, b, base=folder).total.different, diff(b, changed, base=folder).total.different] == [1, 1]
+
+
+def test_a_module_without_a_delta_does_not_ask_for_the_base_that_was_passed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base, head = random_storage(rng, (16, 24)), random_storage(rng, (16, 24))
+    folder = write_checkpoint(tmp_path / "base", {"a.weight": (base, pxd.DType.BF16)})
+    signs = sign_module(rng, "a.weight", base)
+    new = replace(exact("lm_head.weight", base, head), base=None)
+    delta = write_delta(tmp_path / "a.pxd", [signs, new])
+    tensors = {"a.weight": (random_storage(rng, (16, 24)), pxd.DType.BF16), "lm_head.weight": (head, pxd.DType.BF16)}
+    tuned = write_checkpoint(tmp_path / "tuned", tensors)
+    shown = CliRunner().invoke(command, [str(delta), str(tuned), "--base", str(folder)]).stdout
+    assert "distances are over 1 of 2 modules: the others have no delta to one base" in shown
+    assert "--base" not in shown
+    norms = [write_delta(tmp_path / f"{i}.pxd", [exact("n.weight", base[0], head[i])]) for i in (0, 1)]
+    assert "exact tensors need --base" in CliRunner().invoke(command, list(map(str, norms))).stdout
 
 
 def resized(base: pxd.Array, seed: int, rows: int, encoding: pxd.Encoding) -> pxd.ModuleDelta:
