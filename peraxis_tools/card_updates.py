@@ -33,16 +33,16 @@ def places(manifests: Mapping[str, pxd.Manifest]) -> dict[str, Place]:
 
 
 def _place(link: Link, before: Mapping[str, Link | None]) -> Place:
-    known = None if link.whole else before[link.content_id]
-    if link.whole or (known is None and link.previous is None):
-        return Place(whole=link.whole)
+    known = None if link.is_anchor else before[link.content_id]
+    if link.is_anchor or (known is None and link.previous is None):
+        return Place(whole=link.is_anchor)
     if known is None:
         return Place(whole=False, previous=link.previous)
     first, seen = known, {link.content_id}
-    while (ahead := before[first.content_id]) is not None and not first.whole and first.content_id not in seen:
+    while (ahead := before[first.content_id]) is not None and not first.is_anchor and first.content_id not in seen:
         seen.add(first.content_id)
         first = ahead
-    begins = first.whole or first.previous is None
+    begins = first.is_anchor or first.previous is None
     return Place(
         whole=False,
         previous=known.content_id,

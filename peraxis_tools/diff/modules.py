@@ -12,13 +12,8 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.kinds import axes_text, group_of
 from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
-<<<<<<< /work/main/.merge_tmp/ours.py
 from peraxis_tools.diff.packed import InnerProducts, Packed, inner_products, magnitude, square
-from peraxis_tools.diff.result import ModuleDiff, relative_distance
-=======
-from peraxis_tools.diff.packed import Moments, Packed, magnitude, moments, square
 from peraxis_tools.diff.result import NEEDS_BASE, ModuleDiff, relative_distance
->>>>>>> /work/main/.merge_tmp/theirs.py
 from peraxis_tools.diff.stream import checked_blocks, packed_components
 
 __all__ = ["compare_modules"]
