@@ -230,7 +230,7 @@ def _what(delta: CardDelta, place: Place | None) -> str:
     if place is None:
         kind = "a 1-bit difference" if _has_signs(delta.found) else "an exact difference"
         return f"A full fine-tune of {_md(delta.base.id)} as {kind}"
-    if place.whole:
+    if place.is_anchor:
         return "A whole state of a chain of exact updates"
     if place.previous is not None:
         return f"An exact update that follows {_md(place.file) if place.file else 'another one'},"
@@ -246,7 +246,7 @@ def _facts(delta: CardDelta, place: Place | None) -> Iterator[str]:
     base, found = delta.base, delta.found
     revision = f" at `{_md(base.revision)}`" if base.revision else ""
     yield f"- content ID `{found.content_id}`"
-    if place is None or (place.previous is None and not place.whole):
+    if place is None or (place.previous is None and not place.is_anchor):
         yield f"- base {_md(base.id)}{revision}, `{found.manifest.base.digest}`"
     elif place.previous is not None:
         yield f"- follows {f'{_md(place.file)}, ' if place.file else ''}content ID `{place.previous}`"
@@ -265,9 +265,9 @@ def _facts(delta: CardDelta, place: Place | None) -> Iterator[str]:
 def _base_to_pass(delta: CardDelta, place: Place | None, deltas: Mapping[str, CardDelta]) -> str:
     """The hub id to pass as the base, that of the chain's first update for one of its others; else BASE."""
     identity: pxd.Identity | None = delta.base
-    if place is not None and (place.whole or place.previous is not None) and delta.base_id is None:
+    if place is not None and (place.is_anchor or place.previous is not None) and delta.base_id is None:
         first = deltas.get(place.first or "")
-        identity = None if first is None or place.whole else first.base
+        identity = None if first is None or place.is_anchor else first.base
     if identity is None or not HUB_ID.fullmatch(identity.id):
         return "BASE"
     return f"{identity.id}@{identity.revision}" if identity.revision else identity.id
@@ -286,7 +286,7 @@ def _loading(repository: str, delta: CardDelta, place: Place | None, base: str) 
             "with a whole state, any checkpoint of this model, for its configuration and tokenizer."
         )
         yield ""
-    elif place is not None and place.whole:
+    elif place is not None and place.is_anchor:
         yield (
             "This file has every weight, so it needs no base. apply and load take the configuration and the tokenizer "
             f"from {base}, which is any checkpoint of this model."
@@ -299,7 +299,7 @@ def _loading(repository: str, delta: CardDelta, place: Place | None, base: str) 
         yield f"peraxis-tools verify updates --base {quoted}"
         yield f"peraxis-tools apply {quoted} updates -o model"
     else:
-        on = "" if place is not None and place.whole else f" --base {quoted}"
+        on = "" if place is not None and place.is_anchor else f" --base {quoted}"
         yield f"hf download {repository} {file} --local-dir ."
         yield f"peraxis-tools verify {file}{on} --expect-content-id {delta.found.content_id}"
         yield f"peraxis-tools apply {quoted} {file} -o model"

@@ -1,4 +1,4 @@
-"""The place of a card's files in a chain of updates: a whole state, a first update, or one that follows another."""
+"""The place of a card's files in a chain of updates: an anchor, a first update, or one that follows another."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Place", "places"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """The place of an update. whole: it is a whole state, which needs no base's weights.
+    """The place of an update. is_anchor: it needs no base.
 
     previous: the content ID of the update that it follows; None for the first one. file: the name of that one, and
     first: that of the first one of the chain, each None if it is not among the files.
     """
 
-    whole: bool
+    is_anchor: bool
     previous: str | None = None
     file: str | None = None
     first: str | None = None
@@ -35,16 +35,16 @@ def places(manifests: Mapping[str, pxd.Manifest]) -> dict[str, Place]:
 def _place(link: Link, before: Mapping[str, Link | None]) -> Place:
     known = None if link.is_anchor else before[link.content_id]
     if link.is_anchor or (known is None and link.previous is None):
-        return Place(whole=link.is_anchor)
+        return Place(is_anchor=link.is_anchor)
     if known is None:
-        return Place(whole=False, previous=link.previous)
+        return Place(is_anchor=False, previous=link.previous)
     first, seen = known, {link.content_id}
     while (ahead := before[first.content_id]) is not None and not first.is_anchor and first.content_id not in seen:
         seen.add(first.content_id)
         first = ahead
     begins = first.is_anchor or first.previous is None
     return Place(
-        whole=False,
+        is_anchor=False,
         previous=known.content_id,
         file=known.path.name,
         first=first.path.name if begins else None,

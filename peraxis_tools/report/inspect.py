@@ -67,10 +67,9 @@ def _summary(result: InspectResult, console: Console) -> None:
     if calibration is None:
         console.print("calibration  none")
     else:
-        console.print(
-            f"calibration  {text(calibration_text(manifest))}, {calibration.samples} x "
-            f"{calibration.sequence_length} tokens, seed {calibration.seed}"
-        )
+        console.print(f"calibration  {text(calibration_text(manifest))}")
+        counts = f"{calibration.samples} x {calibration.sequence_length} tokens, seed {calibration.seed}"
+        console.print(f"             {counts}")
     if distilled := manifest.metadata.get(DISTILLATION_KEY):
         console.print(f"distilled    {text(distilled[:_DISTILLATION_WIDTH])}")
     console.print(f"written by   {text(manifest.producer.name)} {text(manifest.producer.version)}")
