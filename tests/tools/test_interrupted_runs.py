@@ -96,6 +96,33 @@ def test_an_interrupted_fit_says_what_it_kept_and_the_next_run_that_it_continues
     assert any("is continued after 3 blocks" in message and "--no-resume" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, lambda: Terminated(1)])
+@pytest.mark.parametrize("stage", ["open", "generate"])
+def test_an_interrupt_before_the_first_finished_part_leaves_no_work_folder(
+    tmp_path: Path, stage: str, stop: Callable[[], BaseException]
+) -> None:
+    base, tuned, text = llama_pair(tmp_path)
+    error, seen = stop(), []
+
+    def interrupt(step: str, done: int, total: int) -> None:
+        seen.append((tmp_path / "delta.pxd.peraxis-work").exists())
+        if step == stage and seen[-1]:
+            raise error
+
+    with pytest.raises(type(error)) as found:
+        compress(
+            base,
+            tuned,
+            tmp_path / "delta.pxd",
+            calibration=str(text),
+            progress=interrupt,
+            **FIT | {"generated_samples": 2},
+        )
+    assert seen[-1]  # it was there
+    assert notes(found.value) == [f"{tmp_path / 'delta.pxd'} was not written"]
+    assert not list(tmp_path.glob("delta.pxd*"))
+
+
 @pytest.fixture
 def torch_threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -120,9 +120,11 @@ class CalibratedFit:
     def _run(self, plan: Plan) -> _Run:
         if self._opened is None:
             self._given = self._given or text_inputs(self._fine_tuned, self._options)
-            opened = _open_run(
-                self._base, self._fine_tuned, plan, self._output, self._given, self._options, self._progress
+            # Kept before the samples are generated, so that an interrupt removes the folder or says what it keeps.
+            opened = self._opened = _open_run(
+                self._base, self._fine_tuned, plan, self._output, self._given, self._options
             )
+            self._progress("open", OPEN_STEPS, OPEN_STEPS)
             self._quiet.enter_context(continued(opened.work, notes=opened.processes.is_main_process))
             count = generated_count(plan, self._options)
             self._opened = _with_generated(opened, count, self._options, self._progress) if count else opened
@@ -191,7 +193,6 @@ def _open_run(
     output: Path,
     given: TextInputs,
     options: CompressOptions,
-    progress: Staged,
 ) -> _Run:
     """Open name map and work folder."""
     device, config, text = given.device, given.config, given.samples
@@ -205,7 +206,7 @@ def _open_run(
     is_main, threads = processes.is_main_process, torch.get_num_threads()
     work = WorkFolder(output, digest, resume=options.resume, threads=threads, is_main_process=is_main)
     processes.barrier()
-    run = _Run(
+    return _Run(
         base=base,
         fine_tuned=fine_tuned,
         plan=plan,
@@ -219,8 +220,6 @@ def _open_run(
         device=device,
         dtype=dtype,
     )
-    progress("open", OPEN_STEPS, OPEN_STEPS)
-    return run
 
 
 def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Staged) -> _Run:

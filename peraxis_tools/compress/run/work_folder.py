@@ -61,10 +61,14 @@ class WorkFolder:
             if resume and self.finished():
                 note(f"{self.path}: belongs to a run with other inputs, options or version; this run begins anew")
             shutil.rmtree(self.path)
-        self.path.mkdir(exist_ok=True)
-        if {path.name for path in self.path.iterdir()} <= {_INPUTS}:
-            with atomic_file(self.path / _INPUTS) as file:
-                file.write(json.dumps({"digest": digest, "threads": threads}).encode())
+        try:
+            self.path.mkdir(exist_ok=True)
+            if {path.name for path in self.path.iterdir()} <= {_INPUTS}:
+                with atomic_file(self.path / _INPUTS) as file:
+                    file.write(json.dumps({"digest": digest, "threads": threads}).encode())
+        except BaseException:
+            self.remove(unless_used=True)
+            raise
 
     @property
     def threads(self) -> int | None:
