@@ -43,5 +43,9 @@ def refuse_idle(why: str, **given: object) -> None:
 
 
 def sequence(value: T | Sequence[T]) -> list[T]:
-    """The items of a sequence. A string or a path is one item, never its letters."""
-    return [value] if isinstance(value, str | Path) else list(value)
+    """The items of a sequence. A string or a path is one item, never its letters. Raises OptionError for others."""
+    if isinstance(value, str | Path):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise OptionError(f"{value!r} is a {type(value).__name__}; pass a text or a path, or several")
+    return list(value)

@@ -109,14 +109,14 @@ def delta_files(deltas: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _files_below(folder: str) -> list[str]:
-    """The sorted .pxd of a folder and of those in it, links without target included; and folders that cannot be listed.
+    """The sorted .pxd of a folder and of those in it, and folders that cannot be listed.
 
-    An error for such a link is better than a file that is silently not there.
+    Pipes and links without a target are included: an error is better than a file that is silently not there.
     """
     found: list[str] = []
     for place, _, names in os.walk(folder, onerror=lambda error: found.append(str(error.filename))):
         paths = [str(Path(place, name)) for name in names if name.endswith(".pxd")]
-        found.extend(path for path in paths if os.path.isfile(path) or not os.path.exists(path))
+        found.extend(paths)
     return sorted(found)
 
 

@@ -144,6 +144,13 @@ def test_a_single_string_is_one_item_and_not_its_letters() -> None:
     assert sequence("delta.pxd") == ["delta.pxd"]
     assert sequence(Path("delta.pxd")) == [Path("delta.pxd")]
     assert sequence(("a", "b")) == ["a", "b"]
+    with pytest.raises(peraxis.ToolError, match="None is a NoneType; pass a text or a path, or several"):
+        sequence(None)  # type: ignore[arg-type]
+
+
+def test_weights_of_a_merge_are_numbers(tmp_path: Path) -> None:
+    with pytest.raises(peraxis.ToolError, match=r"weights \['1'\]: must be numbers"):
+        peraxis.merge([tmp_path / "a.pxd"], tmp_path / "b.pxd", weights="1")  # type: ignore[arg-type]
     for name in ("merge", "merge_parts", "compact", "apply", "publish"):
         several = next(p for f, p, _ in parameters() if f == name and p in ("deltas", "updates"))
         with pytest.raises((FileNotFoundError, peraxis.ToolError, pxd.CheckpointError)) as caught:

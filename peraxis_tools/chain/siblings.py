@@ -180,8 +180,8 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
         other = before[link.content_id]
         if other is own and (own is not None or link.base == new.base) and link.result != new.result:
             raise CheckFailedError(
-                f"{shown}: would be a fork, because {link.path} was made on the same state; {_AFTER} to follow them, "
-                "or write to another folder"
+                f"{shown}: would be a fork, because {link.path} was made on the same state; to follow that one, pass "
+                "it and those before it with after (--after), or write to another folder"
             )
     if own is not None and any(_is_anchor_name(link.path.name) for link in links):
         _check_name(shown, own)

@@ -192,6 +192,8 @@ def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixtur
         raise ToolError("no deltas to merge; pass at least one")
     if len(weights) != len(paths):
         raise ToolError(f"{counted(len(weights), 'weight')} for {counted(len(paths), 'delta')}; pass one for each")
+    if not all(isinstance(weight, int | float) for weight in weights):
+        raise OptionError(f"weights {weights!r}: must be numbers, one for each delta")
     odd = [weight for weight in weights if not (weight == 0 or _WEIGHT_MIN <= abs(weight) <= _WEIGHT_MAX)]
     if odd:
         raise ToolError(f"weight {odd[0]:g}: must be 0, or {_WEIGHT_MIN:g} to {_WEIGHT_MAX:g} in magnitude")

@@ -37,12 +37,13 @@ def test_update_continues_the_chain_of_a_trainer_which_goes_on_after_it(tmp_path
     assert torch.equal(live["a"], weights["a"])
 
 
-def test_a_chain_of_update_is_refused_by_a_trainer_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["step-00000001.pxd", "1.pxd"])
+def test_a_chain_of_update_is_refused_by_a_trainer_with_the_reason(tmp_path: Path, name: str) -> None:
     weights = {"a": torch.arange(64).bfloat16()}
     before = saved(tmp_path / "before", weights)
     weights["a"] += 1
     (tmp_path / "run").mkdir()
-    peraxis.update(before, saved(tmp_path / "after", weights), tmp_path / "run" / "step-00000001.pxd")
+    peraxis.update(before, saved(tmp_path / "after", weights), tmp_path / "run" / name)
     with pytest.raises(LiveModelError, match=r"no anchor to begin with, like a chain of `peraxis-tools update`"):
         UpdateWriter(weights, tmp_path / "run")
 

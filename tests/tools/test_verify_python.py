@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def test_a_link_without_a_target_is_a_file_of_its_folder_that_cannot_be_read(fol
         ("a.pxd", "passed"),
         ("lost.pxd", "error"),
     ]
+
+
+def test_a_pipe_is_a_file_of_its_folder_that_cannot_be_read(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.pxd")
+    found = peraxis.verify(folder / "pipe.pxd", keep_going=True), peraxis.verify(folder, keep_going=True)
+    assert [verdict.path for result in found for verdict in result.files if verdict.status.value == "error"] == [
+        str(folder / "pipe.pxd")
+    ] * 2
 
 
 def test_the_first_failure_is_raised_as_it_is(folder: Path) -> None:

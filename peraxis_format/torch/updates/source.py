@@ -170,7 +170,7 @@ def chain_of(folder: Path) -> Way | None:
     if problems:
         raise LiveModelError(f"{next(iter(problems.values()))}; move it away and publish again")
     anchors = [file for file in files if file.is_anchor]
-    if not files:
+    if not files and not others:
         return None
     if not anchors:
         raise LiveModelError(
