@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,9 @@ from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.rebuild import rebuild
 from peraxis_tools.deltas.rows import base_rows, delta_rows, row_blocks
 from peraxis_tools.deltas.unpacked import has_exact, unpacked
+from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Progress, watched
+from peraxis_tools.display.shown import counted
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.folders import atomic_folder
 from peraxis_tools.outputs.rules import claim_folder
@@ -117,6 +119,7 @@ def to_lora(
 ) -> LoraResult:
     """Write a PEFT folder. Pass rank (for all modules), or max_error: each module gets the least rank below it.
 
+    A module whose factors, which are binary32, cannot be that close gets its full rank, and a note says so.
     base: a folder, a file or a hub id. It gives tensors that PEFT needs beside the delta (the bias of a norm that is
     saved whole), and the size of exact changes. Raises ToolError if nothing can be adapted, PxdError, CheckpointError,
     OSError.
@@ -150,6 +153,7 @@ def to_lora(
             raise ToolError(f"{path}: has no matrix that a LoRA adapter can represent{why}")
         _fuse_experts(adapter)
         _save(adapter, output, _config(adapter, delta.manifest, targets.task), overwrite=overwrite)
+        _note_missed(adapter.modules, max_error)
         return LoraResult(
             path=output,
             content_id=delta.content_id,
@@ -160,6 +164,17 @@ def to_lora(
             left_out=tuple(adapter.left_out),
             biases=tuple(adapter.biases),
             uncounted=adapter.uncounted,
+        )
+
+
+def _note_missed(modules: Sequence[LoraModule], max_error: float | None) -> None:
+    """Note the modules above the bound: below about 1e-6 the rounding of binary32 is larger, whatever the rank."""
+    missed = [module for module in modules if max_error is not None and module.error > max_error]
+    if missed:
+        worst = max(missed, key=lambda module: module.error)
+        note(
+            f"{counted(len(missed), 'module')} above max_error (--max-error), up to {worst.error:.4g} ({worst.name}): "
+            "the factors are binary32, whose rounding is larger than this bound"
         )
 
 

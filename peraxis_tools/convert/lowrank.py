@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
 from peraxis_tools.deltas.rows import BaseRows, delta_rows, row_blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["DenseRows", "ExactRows", "LowRank", "low_rank", "whole_spectrum"]
 
@@ -100,11 +103,21 @@ def whole_spectrum(terms: DenseRows, rank: int | None, max_error: float | None) 
         kept = torch.cumsum(square, 0) / square.sum().clamp_min(torch.finfo(torch.float64).tiny)
         wanted = 1.0 - (max_error or 0.0) ** 2
         rank = int(torch.searchsorted(kept, torch.tensor(wanted, dtype=torch.float64))) + 1
-    r = min(rank, min(matrix.shape))
-    root = s[:r].clamp_min(0.0).sqrt()
-    left, right = u[:, :r] * root, root[:, None] * vt[:r]
-    norm, lost = (float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (matrix, matrix - left @ right))
-    return LowRank(left=left.numpy(), right=right.numpy(), square_norm=norm**2, square_error=lost**2)
+    norm, r = _norm(matrix), min(rank, *matrix.shape)
+    while True:
+        root = s[:r].clamp_min(0.0).sqrt()
+        left, right = u[:, :r] * root, root[:, None] * vt[:r]
+        lost = _norm(matrix - left @ right)
+        # The product is rounded to binary32, so its error may be just above the bound that the spectrum is below.
+        if max_error is None or lost <= max_error * norm or r == min(matrix.shape):
+            return LowRank(left=left.numpy(), right=right.numpy(), square_norm=norm**2, square_error=lost**2)
+        r = min(r + 1 + min(matrix.shape) // 64, *matrix.shape)  # few products, because each takes seconds when large
+
+
+def _norm(matrix: Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _square(block: NDArray[np.float32]) -> float:

@@ -228,6 +228,22 @@ def test_the_rank_by_error_is_the_least_that_holds_it(tmp_path: Path) -> None:
     assert config["r"] == config["lora_alpha"] == max(m.rank for m in result.modules)
 
 
+def test_a_bound_that_binary32_factors_cannot_meet_is_said_to_be_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = small_delta(tmp_path)
+    result = to_lora(path, tmp_path / "adapter", max_error=1e-9)
+    worst = max(result.modules, key=lambda module: module.error)
+    assert worst.error > 1e-9
+    said = f"{len(result.modules)} modules above max_error (--max-error), up to {worst.error:.4g} ({worst.name})"
+    assert said in caplog.text
+    caplog.clear()
+    for bound in (0.4, 0.1, 1e-3, 1e-5):
+        result = to_lora(path, tmp_path / "adapter", max_error=bound, overwrite=True)
+        assert max(module.error for module in result.modules) <= bound
+    assert "max_error" not in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*", "ignore::UserWarning:peft.*")
 def test_peft_loads_the_adapter_into_the_weights_that_we_say(tmp_path: Path, shared: Path) -> None:
     peft = pytest.importorskip("peft")
