@@ -20,13 +20,14 @@ from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all, tensor_specs
 from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.display.sizes import parse_size
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import OptionError, ToolError
 from peraxis_tools.outputs.folders import MARKER, atomic_folder
 from peraxis_tools.outputs.rules import claim_folder
 
 __all__ = ["ApplyResult", "apply"]
 
 _REPEATS: Final = 2  # a checkpoint may have a copy of each of its tensors
+_SHARD_LEAST: Final = 1_000_000  # a smaller one is a mistake in the unit, and gives a file for each tensor
 _SMALL: Final = 1 << 26  # bytes that may be written from any base
 
 
@@ -59,13 +60,12 @@ def apply(
     """Write base + delta as a Hugging Face folder: shards, index, configuration, tokenizer.
 
     base: a folder, a file or a hub id. deltas: one, or the updates of a chain in any order: files, a folder, a URL or a
-    repository on the hub. shard_size: a number of bytes, or a text like 2GB. progress: called with each number of bytes
-    written, or True for a bar. The folder is written to `output` atomically. Raises PxdError, CheckpointError,
-    ToolError, OSError.
+    repository on the hub. shard_size: a number of bytes, or a text like 2GB; 1MB or more. progress: called with each
+    number of bytes written, or True for a bar. The folder is written to `output` atomically. Raises PxdError,
+    CheckpointError, ToolError, OSError.
     """
     check_workers(workers)
-    shard_size = parse_size(shard_size)
-    check_least("shard_size", shard_size, 1)
+    shard_bytes = _shard_bytes(shard_size)
     output = Path(output)
     deltas = sequence(deltas)
     if not deltas:
@@ -84,7 +84,7 @@ def apply(
         refuse_foreign(files[0], opened)
         _refuse_repeats(file, opened.tensors.size + sum(path.stat().st_size for path in paths))
         note_borrowed(file, checkpoint)
-        shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_size)
+        shards = plan_shards(tensor_specs(file.manifest), shard_bytes=shard_bytes)
         with atomic_folder(output, overwrite=overwrite) as folder:
             _write_shards(folder, shards, file, checkpoint.tensors, workers, step)
             write_index(folder, shards)
@@ -102,6 +102,14 @@ def apply(
             files=names,
             left_behind=tuple(file.manifest.metadata.get(LEFT_BEHIND, "").split("\n")[:-1]),
         )
+
+
+def _shard_bytes(size: int | str) -> int:
+    found = parse_size(size)
+    check_least("shard_size", found, 1)
+    if found < _SHARD_LEAST:
+        raise OptionError(f"shard_size {found}: must be 1MB or more; write it like 5GB")
+    return found
 
 
 def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:

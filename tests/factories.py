@@ -128,3 +128,12 @@ def modules_of(path: Path) -> dict[str, pxd.ModuleEntry]:
     with pxd.open(path) as delta:
         delta.verify()
         return {module.name: module for module in delta.manifest.modules}
+
+
+def large_pair(folder: Path) -> tuple[Path, Path]:
+    """Write `large`, a base of three tensors of 1.3 MB, and `large.pxd` in the folder, for shards of 1 MB."""
+    rng = np.random.default_rng(0)
+    base = {f"model.layers.{i}.mlp.up_proj.weight": random_storage(rng, (1024, 640)) for i in range(3)}
+    checkpoint = write_checkpoint(folder / "large", {name: (array, pxd.DType.BF16) for name, array in base.items()})
+    modules = [sign_module(rng, name, array) for name, array in base.items()]
+    return checkpoint, write_delta(folder / "large.pxd", modules, assets={"config.json": b'{"model_type": "llama"}'})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from glob import has_magic
 from pathlib import Path
 
 import peraxis_format as pxd
@@ -12,7 +14,7 @@ from peraxis_tools.deltas.parts import JOIN_PARTS, is_part
 from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.remote_output import refuse_replaced_url
-from peraxis_tools.remote.files import deltas_of, local_copy
+from peraxis_tools.remote.files import deltas_of, is_remote, local_copy
 from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["local_updates"]
@@ -32,6 +34,7 @@ def local_updates(
         found: list[tuple[str | Path, Path]] = []
         links: list[Link] = []
         for source in sources:
+            _refuse_pattern(source)
             names = deltas_of(source)
             for name in names:
                 path = stack.enter_context(local_copy(name, progress=progress))
@@ -45,6 +48,14 @@ def local_updates(
         if output is not None:
             refuse_replaced_url(output, [name for name, _ in used])
         yield [path for _, path in used]
+
+
+def _refuse_pattern(source: str | Path) -> None:
+    """Raise ToolError for a pattern in place of a file, like a quoted `run/*.pxd`."""
+    name = str(source)
+    if not is_remote(name) and has_magic(name) and not os.path.lexists(name):
+        folder = os.path.dirname(name) or "."
+        raise ToolError(f"{name}: no such file; pass the folder, {folder}, which means every .pxd in it")
 
 
 def _link_if_update(path: Path) -> Link | None:

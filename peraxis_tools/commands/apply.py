@@ -18,13 +18,10 @@ from peraxis_tools.commands.options import (
 )
 from peraxis_tools.commands.sources import updates_of
 from peraxis_tools.display.progress import staged
-from peraxis_tools.errors import ToolError
 from peraxis_tools.report.apply import render_apply
 from peraxis_tools.report.console import emit
 
 __all__ = ["command"]
-
-_SHARD_MIN = 1_000_000
 
 
 @click.command("apply")
@@ -60,8 +57,6 @@ def command(
              peraxis-tools apply base updates/step-*.pxd -o step-124
              peraxis-tools apply base s3://bucket/run -o step-124
     """
-    if shard_size < _SHARD_MIN:
-        raise ToolError(f"--shard-size {shard_size}: must be 1MB or more; write it like 5GB")
     refuse_swapped(base, deltas[0])
     with updates_of(deltas, quiet=quiet) as paths:
         result = apply(

@@ -32,6 +32,7 @@ from peraxis_tools.merge.methods import SUM_MIN, Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs.rules import claim_delta
 from peraxis_tools.process.parallel import ordered_map
+from peraxis_tools.remote.files import local_deltas
 
 __all__ = ["MergeInput", "MergeResult", "MergedModule", "Method", "Mixture", "merge", "merge_parts"]
 
@@ -81,9 +82,12 @@ def merge_parts(
     overwrite: bool = False,
     progress: Progress = None,
 ) -> MergeResult:
-    """Join the parts of one delta into the file that was split. Raises ToolError, PxdError."""
+    """Join the parts of one delta into the file that was split. A folder means every .pxd in it.
+
+    Raises ToolError, PxdError.
+    """
     output = Path(output)
-    files = [Path(path) for path in sequence(deltas)]
+    files = local_deltas(sequence(deltas))
     if not files:
         raise ToolError("no parts to join; pass all parts of one delta")
     with claim_delta(output, overwrite=overwrite, inputs=files):
@@ -115,19 +119,19 @@ def merge(
 ) -> MergeResult:
     """Write the merge of deltas on one base.
 
-    weights: one for each delta. mixture: the method, by default the weighted sum. masks: the number of masks of a
-    module in the result. None keeps all components of a weighted sum; for `ties` and `dare` it means the sum of the
-    inputs' masks, at most 8. base: the checkpoint of the base. It is needed for exact tensors, except for a sum of
-    equal whole ones (`full`) with weights that sum to 1. name: the name of the merged checkpoint. progress: called with
-    numbers of payload bytes of the inputs, or True for a bar. The small files (configuration, tokenizer) are those of
-    the input with the largest weight; a note says where they differ. Raises CheckFailedError for different bases,
-    ToolError, PxdError, CheckpointError.
+    deltas: files; a folder means every .pxd in it, by name. weights: one for each delta. mixture: the method, by
+    default the weighted sum. masks: the number of masks of a module in the result. None keeps all components of a
+    weighted sum; for `ties` and `dare` it means the sum of the inputs' masks, at most 8. base: the checkpoint of the
+    base. It is needed for exact tensors, except for a sum of equal whole ones (`full`) with weights that sum to 1.
+    name: the name of the merged checkpoint. progress: called with numbers of payload bytes of the inputs, or True for a
+    bar. The small files (configuration, tokenizer) are those of the input with the largest weight; a note says where
+    they differ. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
     mixture = mixture or Mixture()
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise OptionError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
-    paths = sequence(deltas)
+    paths = local_deltas(sequence(deltas))
     weights = [weights] if isinstance(weights, int | float) else list(weights)
     _check_weights(paths, weights, mixture)
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 import peraxis_format as pxd
 from peraxis_tools.apply import apply
 from peraxis_tools.errors import ToolError
-from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
+from tests.factories import base_ref, large_pair, random_storage, sign_module, write_checkpoint, write_delta
 
 
 def oracle(delta: Path, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -140,10 +140,10 @@ def test_applied_weights_equal_an_application_from_the_spec_alone(pair: tuple[Pa
     assert all(same_bits(applied[name], expected[name]) for name in expected)
 
 
-def test_shards_hold_what_one_file_holds_and_the_index_names_them(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    base, delta = pair
+def test_shards_hold_what_one_file_holds_and_the_index_names_them(tmp_path: Path) -> None:
+    base, delta = large_pair(tmp_path)
     apply(base, delta, tmp_path / "one")
-    apply(base, delta, tmp_path / "many", shard_size=2048, workers=1)
+    apply(base, delta, tmp_path / "many", shard_size="1MB", workers=1)
     one, many = load(tmp_path / "one"), load(tmp_path / "many")
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2

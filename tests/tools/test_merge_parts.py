@@ -52,6 +52,18 @@ def test_parts_in_any_order_join_to_the_bytes_of_the_whole(tmp_path_factory, cou
     assert (folder / "joined.pxd").read_bytes() == path.read_bytes()
 
 
+def test_a_folder_means_its_parts_in_python_too(tmp_path: Path) -> None:
+    path = whole(tmp_path)
+    split(path, tmp_path / "parts", parts=3)
+    assert merge_parts(tmp_path / "parts", tmp_path / "joined.pxd").bytes == path.stat().st_size
+    assert (tmp_path / "joined.pxd").read_bytes() == path.read_bytes()
+    merge_parts([str(tmp_path / "parts")], tmp_path / "again.pxd")
+    assert (tmp_path / "again.pxd").read_bytes() == path.read_bytes()
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ToolError, match=r"no \.pxd"):
+        merge_parts(tmp_path / "none", tmp_path / "x.pxd")
+
+
 def test_every_part_is_a_valid_file_that_apply_refuses(tmp_path: Path) -> None:
     path = whole(tmp_path)
     base = write_checkpoint(tmp_path / "base", {"x": (np.zeros(3, np.uint16), BF16)})

@@ -21,6 +21,7 @@ from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs import folders
 from peraxis_tools.outputs.folders import MARKER, atomic_folder, earlier_output, write_marker
 from peraxis_tools.outputs.rules import claim_file, claim_files, claim_folder
+from tests.factories import large_pair
 from tests.tools.output_cases import FILE_VERBS, FOLDER_VERBS, INPUTS, make_inputs, snapshot
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -213,9 +214,10 @@ def test_apply_to_the_current_folder_fills_it_where_it_is_empty(folder: Path, mo
 
 
 def test_files_of_an_earlier_output_that_the_new_one_has_not_are_gone(folder: Path) -> None:
-    apply("base", "a.pxd", "out", shard_size=4096)
+    base, delta = large_pair(folder)
+    apply(base, delta, "out", shard_size="1MB")
     assert (folder / "out" / "model.safetensors.index.json").exists()
-    apply("base", "a.pxd", "out", overwrite=True)
+    apply(base, delta, "out", overwrite=True)
     assert sorted(os.listdir(folder / "out")) == [MARKER, "config.json", "model.safetensors"]
 
 

@@ -16,7 +16,8 @@ from peraxis_tools.chain import update
 from peraxis_tools.cli import main
 from peraxis_tools.compress import CompressOptions
 from peraxis_tools.display.sizes import parse_size
-from tests.factories import random_storage, write_checkpoint
+from peraxis_tools.errors import ToolError
+from tests.factories import large_pair, random_storage, write_checkpoint
 from tests.tools.output_cases import make_inputs
 
 Shown = Callable[..., tuple[int, str]]
@@ -122,12 +123,23 @@ def test_every_option_that_is_a_size_takes_the_same_texts() -> None:
 
 
 def test_the_shards_of_apply_take_a_size_as_text(tmp_path: Path) -> None:
-    make_inputs(tmp_path)
-    one, more = (
-        peraxis.apply(tmp_path / "base", tmp_path / "a.pxd", tmp_path / size, shard_size=size) for size in ("1GB", "1B")
-    )
+    base, delta = large_pair(tmp_path)
+    one, more = (peraxis.apply(base, delta, tmp_path / size, shard_size=size) for size in ("1GB", "1MB"))
     assert sum(name.endswith(".safetensors") for name in one.files) == 1
     assert sum(name.endswith(".safetensors") for name in more.files) == one.tensors > 1
+
+
+@pytest.mark.parametrize("size", ["1 kB", "5", 999_999])
+def test_a_size_of_a_shard_that_lacks_its_unit_is_refused_in_python_too(size: int | str, tmp_path: Path) -> None:
+    base, delta = large_pair(tmp_path)
+    with pytest.raises(ToolError, match=r"shard_size \d+: must be 1MB or more; write it like 5GB"):
+        peraxis.apply(base, delta, tmp_path / "out", shard_size=size)
+
+
+@pytest.mark.parametrize("verb", ["apply base {} -o out", "compact {} --base base -o out.pxd"])
+def test_a_quoted_pattern_in_place_of_updates_says_that_a_folder_can_be_passed(shown: Shown, verb: str) -> None:
+    said = "error: run/*.pxd: no such file; pass the folder, run, which means every .pxd in it\n"
+    assert shown(verb.format("run/*.pxd")) == (2, said)
 
 
 def test_the_module_of_the_command_line_runs_it() -> None:
