@@ -32,7 +32,6 @@ from peraxis_tools.merge.methods import SUM_MIN, Method, Mixture
 from peraxis_tools.merge.modules import MergedModule, merge_module, needs_base, relative_error
 from peraxis_tools.outputs.rules import claim_delta
 from peraxis_tools.process.parallel import ordered_map
-from peraxis_tools.remote.files import local_deltas
 
 __all__ = ["MergeInput", "MergeResult", "MergedModule", "Method", "Mixture", "merge", "merge_parts"]
 
@@ -87,7 +86,7 @@ def merge_parts(
     Raises ToolError, PxdError.
     """
     output = Path(output)
-    files = local_deltas(sequence(deltas))
+    files = _files_of(deltas)
     if not files:
         raise ToolError("no parts to join; pass all parts of one delta")
     with claim_delta(output, overwrite=overwrite, inputs=files):
@@ -131,7 +130,7 @@ def merge(
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise OptionError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")
     output = Path(output)
-    paths = local_deltas(sequence(deltas))
+    paths = _files_of(deltas)
     weights = [weights] if isinstance(weights, int | float) else list(weights)
     _check_weights(paths, weights, mixture)
     with ExitStack() as stack:
@@ -189,6 +188,17 @@ def _result(
         error=relative_error(error, math.fsum(module.square_norm for module in modules)),
         modules=modules,
     )
+
+
+def _files_of(deltas: str | Path | Sequence[str | Path]) -> list[Path]:
+    """These files; a folder means every .pxd in it, by name. Raises ToolError for a folder without one."""
+    found: list[Path] = []
+    for path in map(Path, sequence(deltas)):
+        files = sorted(path.glob("*.pxd")) if path.is_dir() else [path]
+        if not files:
+            raise ToolError(f"{path}: has no .pxd files; check the name")
+        found += files
+    return found
 
 
 def _check_weights(paths: Sequence[str | Path], weights: Sequence[float], mixture: Mixture) -> None:

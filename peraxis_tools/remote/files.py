@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -228,14 +228,6 @@ def deltas_of(source: str | Path) -> list[str | Path]:
         if wanted != path_there and not system.isdir(path_there):
             return [source]
         return _some(without_secrets(url), [system.unstrip_protocol(name) for name in sorted(system.glob(wanted))])
-
-
-def local_deltas(sources: Sequence[str | Path]) -> list[Path]:
-    """The deltas of these paths: a file is itself, a folder is every .pxd in it, by name. Raises as `deltas_of`."""
-    found: list[Path] = []
-    for source in map(Path, sources):
-        found += map(Path, deltas_of(source)) if source.is_dir() else [source]
-    return found
 
 
 def refuse_closed(pattern: str) -> None:
