@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Variant,
         VariantSwitch,
         apply_,
+        forget_digests,
         serve,
     )
     from peraxis_format.torch.updates import (
@@ -70,6 +71,7 @@ __all__ = [
     "apply_",
     "VariantSwitch",
     "serve",
+    "forget_digests",
     "update",
     "compact",
     "log",
@@ -147,6 +149,7 @@ _MODULES: Final[Mapping[str, tuple[str, ...]]] = {
         "SwapError",
         "Applied",
         "Variant",
+        "forget_digests",
     ),
     "peraxis_format.torch.updates": (
         "UpdateWriter",

@@ -14,6 +14,7 @@ except ModuleNotFoundError:
     raise ModuleNotFoundError(message, name="torch") from None
 
 from peraxis_format.errors import DeviceError, LiveModelError
+from peraxis_format.torch.place.digests import forget_digests
 from peraxis_format.torch.place.finder import FUSED
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.shards import Shard, ShardView, chunk, whole
@@ -36,6 +37,7 @@ __all__ = [
     "VariantSwitch",
     "apply_",
     "chunk",
+    "forget_digests",
     "place",
     "serve",
     "whole",

@@ -14,7 +14,7 @@ from torch import Tensor
 from peraxis_format.ops.tensors import as_bytes
 from peraxis_format.torch.device import HostDevice
 from peraxis_format.torch.place import digests as module
-from peraxis_format.torch.place.digests import digests, forget, inherit
+from peraxis_format.torch.place.digests import digests, forget_digests, inherit
 from peraxis_format.torch.ring import DEPTH, Ring
 
 
@@ -87,7 +87,7 @@ def test_a_digest_is_remembered_until_the_tensor_changes(monkeypatch: pytest.Mon
     inherit(copy, view)
     assert digest(view) == digest(copy) == first
     assert len(hashed) == 1
-    forget([view])
+    forget_digests([view])
     assert digest(view) == first
     view[0] += 1
     assert digest(view) != first

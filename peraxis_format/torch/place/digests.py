@@ -4,7 +4,7 @@ Host memory is hashed in place. Device memory goes through the ring's page-locke
 one is hashed while the next is copied.
 
 A digest is cached until torch's version counter of the tensor changes. A write through `.data` does not change it, so
-the writer has to call `forget`.
+the writer has to call `forget_digests`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peraxis_format.thread_pool import thread_count
 from peraxis_format.torch.device import Device
 from peraxis_format.torch.ring import Ring
 
-__all__ = ["digests", "forget", "inherit"]
+__all__ = ["digests", "forget_digests", "inherit"]
 
 _REMEMBERED: Final[Any] = WeakTensorKeyDictionary()  # live tensor -> (data_ptr, version, hex digest)
 
@@ -97,7 +97,10 @@ def inherit(copy: Tensor, original: Tensor) -> None:
         _remember(copy, digest)
 
 
-def forget(views: Sequence[Tensor]) -> None:
-    """Drop the cached digests of these tensors, so that they are hashed again when needed."""
+def forget_digests(views: Sequence[Tensor]) -> None:
+    """Drop the cached digests of these tensors, so that they are hashed again when needed.
+
+    Call it after a write that torch's version counters do not show, through `param.data` for example.
+    """
     for view in views:
         _REMEMBERED.pop(view, None)
