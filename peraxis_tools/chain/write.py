@@ -26,6 +26,7 @@ from peraxis_tools.checkpoints.kinds import execution_key
 from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
 from peraxis_tools.deltas.blocks import count_blocks
 from peraxis_tools.deltas.module_counts import count_encodings
+from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Progress, Steps, watched
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.remote_output import output_file
@@ -113,7 +114,13 @@ def update(
             base=links[-1].result if links else None,
         )
         with watched(progress, "update", job.new.size) as step:
-            return _named(write_update(job, step), output)
+            result = write_update(job, step)
+        if result.bytes > result.full_bytes:
+            note(
+                f"{without_secrets(str(output))}: takes {result.bytes} bytes, more than the {result.full_bytes} of the "
+                "new checkpoint; publish the checkpoint itself, or a lossy delta of it (`compress`)"
+            )
+        return _named(result, output)
 
 
 def compact(

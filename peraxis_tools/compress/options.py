@@ -86,8 +86,8 @@ class CompressOptions:
     prefer         how exact updates are written: size, with the fewest bytes; speed, for the fastest application
     embeddings     how embed_tokens and lm_head are stored: sign (with `masks`), full (exact), auto (sign; with more
                    masks if `masks` is auto)
-    calibration    c4, a `datasets` id, or a file of json, jsonl(.gz), parquet or txt; or several of them, each
-                   with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
+    calibration    c4, a `datasets` id, or a file of json, jsonl, txt, csv (each also .gz) or parquet; or several of
+                   them, each with a weight if one is wanted: ("c4:0.5", "chat.jsonl:0.5")
     calibration_samples  samples of the text. None means as many as the model needs, 50 at most (plan/sample_count.py)
     held_out       the share of the calibration samples that is kept for validation: of a single text's fit, and of the
                    distillation. Several texts, as are the generated samples, validate each other
