@@ -33,7 +33,7 @@ __all__ = ["command"]
 )
 @base_revision_option
 @overwrite_option
-@workers_option
+@workers_option("4")
 @json_option
 @quiet_option
 def command(

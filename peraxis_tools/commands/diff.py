@@ -24,7 +24,7 @@ __all__ = ["command"]
 @click.argument("b", metavar="B")
 @click.option("--base", metavar="FOLDER|ID", help="The base, needed for exact tensors and if B is a checkpoint.")
 @click.option("--top", default=12, show_default=True, type=click.IntRange(min=0), help="The number of modules to list.")
-@workers_option
+@workers_option("one for each processor; 2 with a checkpoint")
 @json_option
 @quiet_option
 @click.pass_context

@@ -135,12 +135,16 @@ prefer_option = click.option(
     show_default=True,
     help="Whether to write exact tensors with the fewest bytes, or for the fastest application.",
 )
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=None,
-    help="The number of threads.  [default: one for each processor]",
-)
+
+
+def workers_option(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--workers`: the threads of one verb's own work, which change no result. default: their number, in words."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        default=None,
+        help=f"The number of threads that read, hash and rebuild.  [default: {default}]",
+    )
 
 
 def threads_option(last: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -158,8 +162,8 @@ def threads_option(last: str) -> Callable[[Callable[..., None]], Callable[..., N
         return click.option(
             "--threads",
             type=click.IntRange(1, THREADS_MAX),
-            help=f"The number of threads, also of child processes; another number may change {last}.  "
-            "[default: one for each core]",
+            help="The number of threads of all libraries and child processes; another number may change "
+            f"{last}.  [default: that of each library, about one for each processor]",
         )(run)
 
     return decorate

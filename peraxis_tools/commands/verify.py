@@ -93,7 +93,7 @@ def _reports(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
     help="Write a further report of the same run. Repeatable.",
 )
 @overwrite_option
-@workers_option
+@workers_option("one for each processor")
 @json_option
 @quiet_option
 @click.pass_context

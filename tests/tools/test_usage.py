@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import peraxis
 import peraxis_format as pxd
 from peraxis_tools.chain import update
-from peraxis_tools.cli import main
+from peraxis_tools.cli import cli, main
 from peraxis_tools.compress import CompressOptions
 from peraxis_tools.display.sizes import parse_size
 from peraxis_tools.errors import ToolError
@@ -140,6 +141,19 @@ def test_a_size_of_a_shard_that_lacks_its_unit_is_refused_in_python_too(size: in
 def test_a_quoted_pattern_in_place_of_updates_says_that_a_folder_can_be_passed(shown: Shown, verb: str) -> None:
     said = "error: run/*.pxd: no such file; pass the folder, run, which means every .pxd in it\n"
     assert shown(verb.format("run/*.pxd")) == (2, said)
+
+
+@pytest.mark.parametrize("verb", ["apply", "diff", "verify", "compress", "eval"])
+def test_the_help_tells_the_threads_of_a_verb_from_those_of_all_libraries(verb: str) -> None:
+    text = " ".join(CliRunner().invoke(cli, [verb, "--help"]).stdout.split())
+    own, every = ("threads that read, hash and rebuild", "threads of all libraries and child processes")
+    assert (own in text, every in text) == ((True, False) if "--workers" in text else (False, True))
+
+
+@pytest.mark.parametrize("verb", ["compress", "eval"])
+def test_the_help_names_every_kind_of_text(verb: str) -> None:
+    text = " ".join(CliRunner().invoke(cli, [verb, "--help"]).stdout.split())
+    assert "json, jsonl, txt, csv (each also .gz) or parquet file" in text
 
 
 def test_the_module_of_the_command_line_runs_it() -> None:
