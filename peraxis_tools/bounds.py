@@ -23,7 +23,7 @@ def error_within(
 ) -> str:
     """Check that ||delta - (fine_tuned - base)|| / ||fine_tuned - base|| <= bound. Returns a text with the error.
 
-    What has no such difference must be equal bit by bit: new rows, integers, tensors that the base has not. Raises
+    What has no such difference must be equal bit by bit: new rows, integers, tensors that the base lacks. Raises
     CheckFailedError if the error is larger, or if tensors differ in name, dtype, shape or these bits; PxdError,
     CheckpointError.
     """

@@ -169,7 +169,7 @@ def _object_of(assets: Mapping[str, bytes], name: str, label: str) -> dict[str, 
 
 
 def _refuse_random(missing: Collection[str], kind: type, label: str) -> None:
-    """Raise CheckFailedError if the model has weights that the fine-tune has not: transformers draws them at random."""
+    """Raise CheckFailedError if the model has weights that the fine-tune lacks: transformers draws them at random."""
     if missing:
         raise CheckFailedError(
             f"{label}: has no {listed(sorted(missing), shown=3)}, which {kind.__name__}, the model of its config.json, "

@@ -4,7 +4,7 @@
 
 Norms are of the delta before its last rounding (SPEC 6.1); `identical` compares the weights after it, bit by bit. Where
 a weight or its delta is not finite, equal bits count as no distance, and other bits leave the distance unknown. Rows
-that the base has not are in no norm; `changes` has the number of those that differ.
+that the base lacks are in no norm; `changes` has the number of those that differ.
 
 Tensors are read in blocks of rows; each base row is read once for both uses.
 """
