@@ -69,8 +69,8 @@ def _check_name(shown: str, before: Link) -> None:
     place = pxd.step_of(before.path.name)
     if place is None:
         raise CheckFailedError(
-            f"{shown}: follows {before.path.name} of a trainer's chain, which does not have the name of its step, so the "
-            "trainer and its servers pass over it; rename it first"
+            f"{shown}: follows {before.path.name} of a trainer's chain, which does not have the name of its step, so "
+            "the trainer and its servers pass over it; rename it first"
         )
     name = pxd.step_name(place[0] + 1)
     if pxd.step_of(Path(shown).name) != (place[0] + 1, False):

@@ -114,5 +114,5 @@ def _rounded(block: NDArray[np.float64], dtype: pxd.DType, name: str) -> pxd.Arr
         stored = pxd.from_float32(block.astype(np.float32), dtype)
     if np.any(np.isfinite(block) & ~np.isfinite(pxd.to_float32(stored, dtype))):
         largest = np.abs(block[np.isfinite(block)]).max()
-        raise ToolError(f"{name}: a number of the sum is {largest:g}, which {dtype.value} cannot hold; lower the weights")
+        raise ToolError(f"{name}: a number of the sum is {largest:g}, too large for {dtype.value}; lower the weights")
     return stored
