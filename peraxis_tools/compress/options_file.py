@@ -10,9 +10,11 @@ from typing import Any, Final
 from peraxis_format import open as open_delta
 from peraxis_tools.checkpoints.checkpoint import is_delta
 from peraxis_tools.compress.options import (
+    AUTO,
     EVERYTHING,
     OF_DISTILLATION,
     OF_TEXT,
+    RECIPES,
     SAMPLES_MOST,
     CompressOptions,
     OptionError,
@@ -22,46 +24,66 @@ from peraxis_tools.deltas.metadata_keys import CONFIG_KEY
 
 __all__ = ["options_of"]
 
-_RIVALS: Final[Mapping[str, tuple[str, ...]]] = {
-    "target_size": ("target_ratio", "masks", "exact"),
-    "target_ratio": ("target_size", "masks", "exact"),
-    "masks": ("target_size", "target_ratio"),
-    "exact": ("target_size", "target_ratio"),
+_TARGETS: Final = {"target_size", "target_ratio"}
+_LOSSY: Final = {"axis", "masks", "embeddings"}
+_FITTED: Final = {*OF_TEXT, "refine_rounds"}  # idle without a fit on text
+_AGAINST: Final[Mapping[str, set[str]]] = {  # options that are refused or idle with a fit
+    "none": {"calibration"},
+    "closed-form": {"refine_rounds"},
+    "adamw": {*_TARGETS, "masks", "refine_rounds"},
 }
-"""An option -> those that it excludes."""
 
 
 def options_of(config: Path | None, given: dict[str, Any]) -> CompressOptions:
     """The options of `config` under those of the command line. An error that is the file's own names the file.
 
-    An option of the file that one of the command line excludes, or leaves without effect, is dropped.
-    Raises OptionError, also for a delta that `compress` did not write; PxdError for a damaged delta.
+    An option of the command line also drops those of the file that contradict it. Raises OptionError, also for a delta
+    that `compress` did not write; PxdError for a damaged delta.
     """
     own = {} if config is None else _read_options(config)
     try:
-        kept = {name: value for name, value in own.items() if name not in _rivals(given)}
-        return CompressOptions.from_mapping(kept | given)
+        return CompressOptions.from_mapping(_overridden(own, given) | given)
     except OptionError as error:
         if config is not None and _fault(own) == str(error):
             raise OptionError(f"{config}: {error}") from None
         raise
 
 
-def _rivals(given: Mapping[str, Any]) -> set[str]:
-    """The options that cannot stand beside the given ones, or have no effect beside them."""
-    names = {rival for name in given for rival in _RIVALS.get(name, ())}
-    fit, lossless = given.get("fit"), given.get("exact") == EVERYTHING
-    if fit == "none" or lossless:
-        names.update(OF_TEXT, ("refine_rounds",))
-    if lossless:
-        names.update(("fit", "axis", "masks", "embeddings"))
+def _overridden(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a file without those that contradict the given ones; a recipe is replaced by its options."""
+    values = dict(own)
+    if "recipe" not in given and str(own.get("recipe")) in RECIPES:
+        values = {**RECIPES[values.pop("recipe")], **values}
+    dropped = _contradicted(values, given)
+    return {name: value for name, value in values.items() if name not in dropped}
+
+
+def _contradicted(own: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
+    """The names of the options of a file that contradict the given ones (`CompressOptions` refuses them together)."""
+    asked = {name for name, value in given.items() if value not in (None, AUTO)}
+    fit = given.get("fit")
+    dropped: set[str] = set()
+    if asked & {*_TARGETS, "masks", "exact"}:
+        dropped |= _TARGETS
+    if asked & _TARGETS:
+        dropped |= {"masks", "exact"}
+    if own.get("exact") == EVERYTHING and asked & {*_LOSSY, "calibration"}:
+        dropped |= {"exact"}
+    if given.get("exact") == EVERYTHING:
+        dropped |= {"fit", *_LOSSY, *_FITTED}
+    if fit == "none":
+        dropped |= _FITTED
     if fit == "adamw":
-        names.update(("target_size", "target_ratio", "masks"))
-    if fit in ("closed-form", "adamw"):
-        names.add("refine_rounds")
+        dropped |= {*_TARGETS, "masks"}
+    if fit in ("adamw", "closed-form"):
+        dropped |= {"refine_rounds"}
     if given.get("distill_samples") == 0:
-        names.update(OF_DISTILLATION)
-    return names
+        dropped |= set(OF_DISTILLATION)
+    if asked & _AGAINST.get(str(own.get("fit")), set()):
+        dropped |= {"fit"}
+    if "exact" in dropped:
+        dropped |= {"prefer"}
+    return dropped
 
 
 def _fault(values: dict[str, Any]) -> str | None:

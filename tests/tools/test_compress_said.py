@@ -12,8 +12,6 @@ import peraxis_format as pxd
 from peraxis_tools.chain import update
 from peraxis_tools.commands.compress import command
 from peraxis_tools.compress import compress
-from peraxis_tools.compress.options import OptionError
-from peraxis_tools.compress.options_file import options_of
 from tests.tools.compress_pairs import llama_pair
 
 
@@ -42,34 +40,6 @@ def test_an_option_overrides_that_of_the_delta(pair: tuple[Path, Path], tmp_path
     assert _ran(*pair, tmp_path / "b.pxd", "--config", str(made.path), "--masks", "1").exit_code == 0
     with pxd.open(tmp_path / "b.pxd") as delta:
         assert {len(module.components) for module in delta.manifest.modules} == {0, 1}
-
-
-@pytest.mark.parametrize(
-    ("own", "given", "wanted"),
-    [
-        ("target_ratio: 8", {"target_size": 200_000}, {"target_size": 200_000, "target_ratio": None}),
-        ("target_ratio: 8", {"masks": 2}, {"masks": 2, "target_ratio": None}),
-        ("masks: 2", {"target_ratio": 12.0}, {"masks": "auto", "target_ratio": 12.0}),
-        ("{calibration: c4, seed: 3, distill_samples: 4}", {"fit": "none"}, {"fit": "none", "calibration": None}),
-        ("{calibration: c4, masks: 2}", {"exact": ".*"}, {"exact": ".*", "calibration": None, "masks": "auto"}),
-        ("{calibration: c4, target_ratio: 8}", {"fit": "adamw"}, {"fit": "adamw", "target_ratio": None}),
-        ("{calibration: c4, distill_samples: 4, distill_epochs: 2}", {"distill_samples": 0}, {"distill_epochs": 5}),
-    ],
-)
-def test_an_option_that_excludes_one_of_the_file_takes_its_place(
-    tmp_path: Path, own: str, given: dict[str, Any], wanted: dict[str, Any]
-) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(f"{own}\n")
-    options = options_of(path, given)
-    assert {name: getattr(options, name) for name in wanted} == wanted
-
-
-def test_two_given_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("target_ratio: 8\n")
-    with pytest.raises(OptionError, match="exclude each other"):
-        options_of(path, {"target_size": 200_000, "masks": 2})
 
 
 def test_an_error_names_the_file_of_options_where_it_is_the_file_s_own(pair: tuple[Path, Path], tmp_path: Path) -> None:
