@@ -52,7 +52,7 @@ def test_an_interrupt_of_the_check_of_pieces_is_not_lost_after_another_base(monk
     monkeypatch.setattr(binding, "digests", raised(BindingError("E404")))
     monkeypatch.setattr(binding, "sharded_anywhere", lambda **_: True)
     monkeypatch.setattr(binding, "_check_pieces", raised(KeyboardInterrupt()))
-    manifest: Any = SimpleNamespace(modules=(), base=SimpleNamespace(id="base", revision=None))
+    manifest: Any = SimpleNamespace(modules=(), previous=None, base=SimpleNamespace(id="base", revision=None))
     ring: Any = SimpleNamespace(device=None)
     with pytest.raises(KeyboardInterrupt):
         binding.check_live(manifest, {}, ring=ring)

@@ -75,7 +75,7 @@ def test_the_reports_of_a_file_show_its_weights(tmp_path: Path) -> None:
         writer.finish()
     shown = "a.jsonl (weight 2); b.jsonl (weight 1)"
     printed = CliRunner().invoke(command, [str(path)])
-    assert f"{shown}, 6 x 512 tokens" in " ".join(printed.output.split())
+    assert f"{shown} 6 x 512 tokens" in " ".join(printed.output.split())
     assert f"{shown}, 6 x 512 tokens" in page(inspect(path), details(path))
     pytest.importorskip("huggingface_hub")
     card = card_text("org/delta", [CardDelta(file="delta.pxd", found=inspect(path))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ import pytest
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.assets import FolderAssets
 from peraxis_tools.checkpoints.checkpoint import open_checkpoint
-from peraxis_tools.compress import CompressResult, Plan, compress
+from peraxis_tools.compress import Plan, compress
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan import record, size
 from peraxis_tools.compress.plan.plan import plan
+from peraxis_tools.compress.run import delta_file
 from peraxis_tools.errors import ToolError
 from tests.tools.compress_pairs import FEW, llama_config, write_pair, write_text
 
@@ -101,7 +101,7 @@ def test_notes_of_a_fit_never_make_a_file_larger_than_its_target(
         noted = any(line[3] for line in lines.values())
         return real(names, {name: (*line[:3], "a note " * 40 * noted) for name, line in lines.items()})
 
-    monkeypatch.setattr(sys.modules[CompressResult.__module__], "report_text", longer)
+    monkeypatch.setattr(delta_file, "report_text", longer)
     made = compress(base, tuned, tmp_path / "d.pxd", calibration=str(text), target_size=most, **FEW)
     assert made.notes
     assert (tmp_path / "d.pxd").stat().st_size <= most

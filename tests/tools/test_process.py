@@ -106,6 +106,7 @@ def test_a_process_that_lost_the_exception_of_a_signal_ends_at_a_later_one(secon
     program = (
         "import os, signal, time\n"
         "from peraxis_tools.process import command_line\n"
+        "for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)  # as without nohup\n"
         "class Lost:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
         "with command_line.prepared_process():\n"
