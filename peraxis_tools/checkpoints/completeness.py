@@ -23,6 +23,7 @@ __all__ = ["has_vocabulary", "is_update", "note_borrowed", "note_missing", "refu
 
 _CONFIG: Final = "config.json"
 _BEGAN: Final = "pass the checkpoint that the trainer began with as the base"
+_NUMBER: Final = re.compile(r"\.\d+\.")
 _VOCABULARY: Final = re.compile(
     r"tokenizer\.json|tekken\.json|(\w+_)?vocab[\w-]*\.(json|txt)|merges\.txt|dict\.txt|[^/]+\.(model|tiktoken)"
 )
@@ -52,13 +53,17 @@ def refuse_foreign(first: pxd.DeltaFile, base: Checkpoint) -> None:
     """Refuse an anchor of another model, which binds no tensor of the base but would get its other files.
 
     first: the delta, or the first update of a chain. One with its own config.json needs no more than one tensor in
-    common with the base. Otherwise the weights must be those of the base, in the same shapes; more of them are noted.
-    Bytes are read only of tables of a vocabulary that the anchor lacks. Raises CheckFailedError.
+    common with the base, and so does one of which transformers names all tensors differently in a model (prefixes).
+    Otherwise the weights must be those of the base, in the same shapes; more of them are noted. Bytes are read only of
+    tables of a vocabulary that the anchor lacks. Raises CheckFailedError.
     """
     modules = first.manifest.modules
     if any(module.base is not None for module in modules):
         return
     if not any(module.name in base.tensors for module in modules):
+        alike = {(_tail(name), base.tensors[name].shape) for name in base.tensors}
+        if any((_tail(module.name), module.shape) in alike for module in modules):
+            return
         name = modules[0].name
         raise CheckFailedError(f"{first.path}: is for another model; {base.tensors.label} has no {name}, nor any other")
     if all(asset.path != _CONFIG for asset in first.manifest.assets):
@@ -107,7 +112,8 @@ def _note_added(anchor: pxd.DeltaFile, base: pxd.Safetensors, *, layers: int | N
         if len(module.shape) > 1 and all(name not in base and name not in base.foreign for name in names[module.name])
     ]
     for name in added:
-        if layers is not None and (layer := layer_of(name)) is not None and layer >= layers:
+        layer = layer_of(name)
+        if layers is not None and layer is not None and layer >= layers and _NUMBER.sub(".0.", name, count=1) in base:
             found = f"it has {name}, and the config.json of {base.label} says {counted(layers, 'layer')}"
             raise CheckFailedError(f"{anchor.path}: is for another model; {found}; {_BEGAN}")
     if added:
@@ -115,6 +121,12 @@ def _note_added(anchor: pxd.DeltaFile, base: pxd.Safetensors, *, layers: int | N
             f"{anchor.path}: has {counted(len(added), 'weight')} that {base.label} lacks, like {added[0]}; if this is "
             f"not the model of that checkpoint, {_BEGAN}"
         )
+
+
+def _tail(name: str) -> str:
+    """The end of a name, from its layer on, or its last two words: prefixes differ between a model and its files."""
+    number = _NUMBER.search(name)
+    return name[number.start() :] if number else ".".join(name.split(".")[-2:])
 
 
 def _shapes(manifest: pxd.Manifest) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import peraxis
 import peraxis_format as pxd
@@ -163,3 +164,35 @@ def test_experts_that_the_model_fuses_are_not_missing(tmp_path: Path, caplog: py
     fused = {EMBED: torch.rand(8, 4), "model.layers.0.mlp.experts.up_proj": torch.rand(2, 6, 4)}
     peraxis.apply(stored(tmp_path / "base", base), lone(tmp_path / "a.pxd", fused), tmp_path / "out")
     assert ["has 1 weight that" in message for message in caplog.messages].count(True) == 1
+
+
+def test_a_model_whose_tensors_have_other_prefixes_in_files_is_no_other_model(tmp_path: Path) -> None:
+    """Llava in transformers 5, and the files of GPT-2 on the hub."""
+    from transformers import CLIPVisionConfig, GPT2Config, GPT2LMHeadModel, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    llava = LlavaForConditionalGeneration(LlavaConfig(text_config=llama_config(), vision_config=vision)).bfloat16()
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=24, n_layer=2, n_head=2)).bfloat16()
+    for name, model in (("llava", llava), ("gpt2", gpt2)):
+        base = tmp_path / name
+        model.save_pretrained(base)
+        if name == "gpt2":
+            tensors = load_file(base / "model.safetensors")
+            bare = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+            save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+        run = anchor_of(tmp_path / f"{name}-run", model).parent
+        peraxis.apply(base, run, tmp_path / f"{name}-out")
+        again = type(model).from_pretrained(tmp_path / f"{name}-out", dtype=torch.bfloat16).state_dict()
+        assert all(torch.equal(again[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_a_part_of_a_model_with_more_layers_than_its_text_model_is_no_other_model(tmp_path: Path) -> None:
+    names = ["lm_head.weight", *(f"model.visual.blocks.{i}.attn.weight" for i in range(3))]
+    live = {name: torch.zeros(8, 8, dtype=torch.bfloat16) for name in names}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({name.removeprefix("model."): tensor for name, tensor in live.items()}, base / "model.safetensors")
+    (base / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
+    peraxis.apply(base, anchor_of(tmp_path / "run", live).parent, tmp_path / "out")
