@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -156,3 +157,18 @@ def test_the_tools_read_what_a_trainer_published(tmp_path: Path) -> None:
     apply(tmp_path / "base", files, tmp_path / "out")
     with open_checkpoint(tmp_path / "out") as out:
         assert {name: bytes(out.tensors.read(name).tobytes()) for name in out.tensors} == published(model)
+
+
+@pytest.mark.parametrize("wrapped", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_published_under_the_names_of_its_checkpoint(
+    tmp_path: Path, wrapped: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
+    model, live = trainer(), server()
+    writer = UpdateWriter(wrapped(model), tmp_path)
+    for seed in range(2):
+        writer.step()
+        assert follow(live, tmp_path).poll().step == seed
+        assert published(live) == published(model)
+        train(model, seed)
+    UpdateWriter(model, tmp_path).step()  # without the wrapper it goes on
+    assert follow(live, tmp_path).poll().step == 2

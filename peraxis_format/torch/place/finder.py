@@ -15,7 +15,7 @@ from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder", "check_target", "local_part", "named"]
+__all__ = ["FUSED", "Finder", "check_target", "checkpoint_name", "local_part", "named"]
 
 # Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
@@ -145,11 +145,7 @@ def check_target(target: object) -> None:
 
 
 def named(target: Target) -> dict[str, Tensor]:
-    """Every tensor of a model under each of its names, or the state dict itself; also under names without wrappers.
-
-    torch.compile, DistributedDataParallel, activation checkpointing and PEFT add words to names. The name without
-    them is the checkpoint's.
-    """
+    """Every tensor of a model under each of its names, or the state dict itself; also under its `checkpoint_name`."""
     if isinstance(target, nn.Module):
         live = {
             **dict(target.named_buffers(remove_duplicate=False)),
@@ -164,5 +160,12 @@ def named(target: Target) -> dict[str, Tensor]:
             f"{flat}: FSDP1 has flattened the weights; wrap the model with fully_shard (FSDP2) instead"
         )
     for name in list(live):
-        live.setdefault(_LEADING.sub("", _WITHIN.sub("", name)), live[name])
+        live.setdefault(checkpoint_name(name), live[name])
     return live
+
+
+def checkpoint_name(name: str) -> str:
+    """The name of a parameter without the words that torch.compile, DistributedDataParallel, activation checkpointing
+    and PEFT add to it.
+    """
+    return _LEADING.sub("", _WITHIN.sub("", name))

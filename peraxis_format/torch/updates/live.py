@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format.errors import ArgumentError, LiveModelError
+from peraxis_format.torch.place.finder import checkpoint_name
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.mirror import is_url
 
@@ -30,7 +31,8 @@ def check_publishing(model: object, folder: str | Path, dtype: object) -> None:
 def live_tensors(
     model: nn.Module | Mapping[str, Tensor], *, in_pieces: bool
 ) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """The tensors by name, each storage once, and (module, alias) for further names.
+    """The tensors by name, each storage once, and (module, alias) for further names. Names of a module are those of its
+    checkpoint, without the words of wrappers.
 
     in_pieces: DTensors are allowed. Raises LiveModelError.
     """
@@ -38,9 +40,11 @@ def live_tensors(
     first: dict[tuple[object, ...], str] = {}
     live: dict[str, Tensor] = {}
     tied: list[tuple[str, str]] = []
-    for name, tensor in named.items():
+    for own, tensor in named.items():
         if not isinstance(tensor, Tensor):
             continue
+        name = checkpoint_name(own) if isinstance(model, nn.Module) else own
+        name = own if name != own and name in named else name
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
             raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
