@@ -55,8 +55,10 @@ def refuse_stale_signature(file: Path) -> None:
     if not os.path.isfile(bundle):
         return
     signed = _signed_digests(bundle)
-    if not signed:
+    if signed is None:
         raise ToolError(f"{bundle}: is no signature that can be read; remove it, or sign with `peraxis-tools sign`")
+    if not signed:  # another tool hashed the file in another way, which only a check with the key follows
+        return
     with open(file, "rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() not in signed:
             raise ToolError(
@@ -65,15 +67,15 @@ def refuse_stale_signature(file: Path) -> None:
             )
 
 
-def _signed_digests(bundle: Path) -> set[str]:
-    """The SHA-256 of the files that a bundle's statement lists; empty for what is no bundle."""
+def _signed_digests(bundle: Path) -> set[str] | None:
+    """The SHA-256 of the files that a bundle's statement lists, without other digests; None for what is no bundle."""
     try:
         with open(bundle, "rb") as opened:
             envelope = json.loads(opened.read(_BUNDLE_MOST))["dsseEnvelope"]
         resources = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
         return {str(each["digest"]) for each in resources if each["algorithm"] == "sha256"}
     except (ValueError, KeyError, TypeError, RecursionError):
-        return set()
+        return None
 
 
 def sign(

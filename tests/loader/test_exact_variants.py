@@ -282,7 +282,7 @@ def test_a_block_that_does_not_decode_is_named_with_its_tensor_and_file(tmp_path
     said = r"block 1 does not decode on these weights \(at w, SPEC 7\.4\); pass the base checkpoint"
     with pf.open(path) as delta, pytest.raises(pf.BindingError, match=f"E405: .*{said}"):
         pf.reconstruct(delta.load("w"), storage_array(other))
-    said = r"block 1 does not decode on these weights \(at w, SPEC 7\.4\); if other code has changed"
+    said = r"block 1 does not decode on these weights \(at w, SPEC 7\.4\); load b, which it was made on; if other code"
     with pytest.raises(pf.BindingError, match=rf"E405: .*d\.pxd: .*{said}"):
         apply_update({"w": other}, path)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import json
 import os
 from pathlib import Path
 
@@ -173,6 +175,17 @@ def test_publish_takes_the_signature_of_these_bytes_and_refuses_that_of_the_file
         refuse_stale_signature(delta)
     sign(delta, "--private-key", private, "--overwrite")
     refuse_stale_signature(delta)
+
+
+def test_a_bundle_with_a_digest_of_another_kind_is_not_compared_and_what_is_no_bundle_is_refused(delta: Path) -> None:
+    statement = {"predicate": {"resources": [{"digest": "00", "algorithm": "sha256-sharded"}]}}
+    payload = base64.b64encode(json.dumps(statement).encode()).decode()
+    bundle = delta.with_name(f"{delta.name}.sig")
+    bundle.write_text(json.dumps({"dsseEnvelope": {"payload": payload}}))
+    refuse_stale_signature(delta)
+    bundle.write_text("{}")
+    with pytest.raises(ToolError, match="is no signature that can be read"):
+        refuse_stale_signature(delta)
 
 
 def test_a_file_that_is_replaced_beside_its_signature_says_so(

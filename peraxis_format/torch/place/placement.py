@@ -13,7 +13,17 @@ from peraxis_format.manifest import PART_KEY, Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of, torch_dtype
 from peraxis_format.torch.place.finder import FUSED, Finder
 from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
-from peraxis_format.torch.place.shards import Placement, Shard, ShardView, Target, Views, extent, storage_key, whole
+from peraxis_format.torch.place.shards import (
+    Placement,
+    Shard,
+    ShardView,
+    Target,
+    Views,
+    extent,
+    own_piece,
+    storage_key,
+    whole,
+)
 from peraxis_format.torch.place.widened import holds_the_dtype, is_widened, narrowed
 
 __all__ = ["place"]
@@ -149,14 +159,10 @@ def _refuse_dropped(manifest: Manifest, finder: Finder, placement: Placement, re
     # A checkpoint without the head of a tied model has all of it: the model ties the head itself, so its storage is
     # that of a module, and is written with it.
     held = {storage_key(part.live) for parts in placement.values() for part in parts}
-    left = [name for name in manifest.dropped if name in finder.live and _storage_key(finder.live[name]) not in held]
+    live = {name: finder.live[name] for name in manifest.dropped if name in finder.live}
+    left = [name for name, tensor in live.items() if storage_key(own_piece(tensor)) not in held]
     if left:
         raise LiveModelError(f"the fine-tune has no {left[0]!r}, but the live model uses it; {remedies.dropped}")
-
-
-def _storage_key(tensor: Any) -> tuple[Any, ...]:
-    """storage_key of a tensor, or of this rank's piece of a DTensor."""
-    return storage_key(tensor.to_local() if hasattr(tensor, "placements") else tensor)
 
 
 def _content(entry: ModuleEntry) -> tuple[object, ...]:

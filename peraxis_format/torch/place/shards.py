@@ -29,6 +29,7 @@ __all__ = [
     "copy_aside",
     "extent",
     "increment_versions",
+    "own_piece",
     "slices",
     "storage_key",
     "whole",
@@ -94,6 +95,12 @@ def chunk(span: tuple[int, int], index: int, count: int) -> tuple[int, int]:
     begin, end = span
     step = -(-(end - begin) // count)
     return min(begin + index * step, end), min(begin + (index + 1) * step, end)
+
+
+def own_piece(tensor: Any) -> Tensor:
+    """This rank's piece of a DTensor; any other tensor itself."""
+    piece: Tensor = tensor.to_local() if hasattr(tensor, "placements") else tensor
+    return piece
 
 
 def storage_key(view: Tensor) -> tuple[Any, ...]:

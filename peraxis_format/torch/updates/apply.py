@@ -55,7 +55,7 @@ def apply_update(
     with contextlib.ExitStack() as stack:
         with together(group, sharded=pieces):
             file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
-            stack.enter_context(advised(file.manifest.previous))
+            stack.enter_context(advised(file.manifest.previous, base=file.manifest.base.id))
             placement = place(target, file.manifest, shards=shards, remedies=FOR_UPDATES)
             owner = stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
         if pieces:

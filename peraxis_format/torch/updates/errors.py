@@ -27,10 +27,11 @@ def refuse_others(file: DeltaFile, placement: Placement) -> None:
 
 
 @contextlib.contextmanager
-def advised(previous: str | None, *, follows: bool = False) -> Iterator[None]:
+def advised(previous: str | None, *, base: str = "", follows: bool = False) -> Iterator[None]:
     """Give a BindingError the remedy for a live model, which takes neither another base nor several updates at once.
 
-    previous: content ID of the update before. follows: whether a Follower applies it, to the state that it was made on.
+    previous: content ID of the update before; None for a first update, which was made on `base`.
+    follows: whether a Follower applies it, to the state that it was made on.
     """
     try:
         yield
@@ -42,8 +43,8 @@ def advised(previous: str | None, *, follows: bool = False) -> Iterator[None]:
                 "again, and follow again"
             )
         elif changed:
-            first = "" if previous is None else f"apply update {previous} first; "
-            error.advice = f"{first}if other code has changed the model's weights, apply an anchor, or load it again"
+            first = f"load {base}, which it was made on" if previous is None else f"apply update {previous} first"
+            error.advice = f"{first}; if other code has changed the model's weights, apply an anchor, or load it again"
         elif error.code == "E403":
             error.advice = (
                 "the model must have the shapes that the trainer publishes, and the dtypes (its option `dtype`)"

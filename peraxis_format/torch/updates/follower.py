@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
@@ -21,10 +21,10 @@ from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, P
 from peraxis_format.ops.tensors import storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.place.finder import check_target
-from peraxis_format.torch.place.pieces import in_pieces, is_dtensor, sharded_digest
+from peraxis_format.torch.place.pieces import in_pieces, sharded_digest
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import Ranks, together
-from peraxis_format.torch.place.shards import Placement, Shard, Target
+from peraxis_format.torch.place.shards import Placement, Shard, Target, own_piece
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError, advised
 from peraxis_format.torch.updates.mirror import Mirror, is_url
@@ -332,6 +332,6 @@ def _left_out(target: Target, placement: Placement) -> list[str]:
     return [name for name, tensor in live.items() if tensor.numel() and _storage(tensor) not in held]
 
 
-def _storage(tensor: Any) -> tuple[object, int]:
-    local = tensor.to_local() if is_dtensor(tensor) else tensor
-    return local.device, local.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> tuple[object, int]:
+    piece = own_piece(tensor)
+    return piece.device, piece.untyped_storage().data_ptr()
