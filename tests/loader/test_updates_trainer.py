@@ -172,3 +172,48 @@ def test_a_wrapped_model_is_published_under_the_names_of_its_checkpoint(
         train(model, seed)
     UpdateWriter(model, tmp_path).step()  # without the wrapper it goes on
     assert follow(live, tmp_path).poll().step == 2
+
+
+class Wrapper(torch.nn.Module):
+    """What DistributedDataParallel does with names."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class WithModule(torch.nn.Module):
+    """A model of which a submodule has the name of a wrapper's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8, 8))
+        self.module = torch.nn.Linear(8, 8, bias=False)
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, Wrapper])
+@pytest.mark.parametrize("live", [WithModule, lambda: Wrapper(WithModule())])
+def test_a_submodule_with_the_name_of_a_wrapper_keeps_its_tensors(
+    tmp_path: Path, wrapped: Callable[[torch.nn.Module], torch.nn.Module], live: Callable[[], torch.nn.Module]
+) -> None:
+    model, server = WithModule(), live()
+    UpdateWriter(wrapped(model), tmp_path, dtype=None).step()
+    with pxd.open(tmp_path / "anchor-00000000.pxd") as anchor:
+        assert [entry.name for entry in anchor.manifest.modules] == ["weight", "module.weight"]
+    assert follow(server, tmp_path).poll().step == 0
+    for own, other in zip(model.parameters(), server.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_wrapped_model_inside_another_module_is_published_under_the_names_of_its_checkpoint(tmp_path: Path) -> None:
+    class WithValueHead(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = torch.nn.DataParallel(torch.nn.Linear(4, 4))
+            self.value_head = torch.nn.Linear(4, 1)
+
+    UpdateWriter(WithValueHead(), tmp_path, dtype=None).step()
+    with pxd.open(tmp_path / "anchor-00000000.pxd") as anchor:
+        assert {entry.name for entry in anchor.manifest.modules} == {
+            "weight", "bias", "value_head.weight", "value_head.bias"
+        }  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,11 +16,11 @@ from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder", "check_target", "checkpoint_name", "local_part", "named"]
+__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_part", "named"]
 
 # Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
-_LEADING: Final = re.compile(r"^(?:module\.|base_model\.model\.)+(?=.)")
+_LEADING: Final = re.compile(r"^(?:module|base_model\.model)\.(?=.)")
 
 FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -145,7 +146,10 @@ def check_target(target: object) -> None:
 
 
 def named(target: Target) -> dict[str, Tensor]:
-    """Every tensor of a model under each of its names, or the state dict itself; also under its `checkpoint_name`."""
+    """Every tensor of a model under each of its names, or the state dict itself; also under its name in a checkpoint.
+
+    A module's names in a checkpoint come before its own names, and those of a state dict before all others.
+    """
     if isinstance(target, nn.Module):
         live = {
             **dict(target.named_buffers(remove_duplicate=False)),
@@ -159,13 +163,29 @@ def named(target: Target) -> dict[str, Tensor]:
         raise LiveModelError(
             f"{flat}: FSDP1 has flattened the weights; wrap the model with fully_shard (FSDP2) instead"
         )
-    for name in list(live):
-        live.setdefault(checkpoint_name(name), live[name])
-    return live
+    stored = {name: live[own] for own, name in checkpoint_names(live).items()}
+    return {**live, **stored} if isinstance(target, nn.Module) else {**stored, **live}
 
 
-def checkpoint_name(name: str) -> str:
-    """The name of a parameter without the words that torch.compile, DistributedDataParallel, activation checkpointing
-    and PEFT add to it.
+def checkpoint_names(names: Iterable[str]) -> dict[str, str]:
+    """All names of a model's tensors -> names without the words that torch.compile, DistributedDataParallel, activation
+    checkpointing and PEFT add to them.
+
+    No two are equal: a model may have a submodule with such a word as its name, and its tensors keep it.
     """
-    return _LEADING.sub("", _WITHIN.sub("", name))
+    names = _unless_equal({own: own for own in names}, lambda name: _WITHIN.sub("", name))
+    while names and all(map(_LEADING.match, names.values())):
+        names = {own: _LEADING.sub("", name) for own, name in names.items()}
+    return _unless_equal(names, _without_leading)
+
+
+def _without_leading(name: str) -> str:
+    shorter = _LEADING.sub("", name)
+    return name if shorter == name else _without_leading(shorter)
+
+
+def _unless_equal(names: dict[str, str], shortened: Callable[[str], str]) -> dict[str, str]:
+    """The shortened names, except those that several names have in common."""
+    short = {own: shortened(name) for own, name in names.items()}
+    count = Counter([*short.values(), *(name for own, name in names.items() if name != short[own])])
+    return {own: short[own] if count[short[own]] == 1 else name for own, name in names.items()}

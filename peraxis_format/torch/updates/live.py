@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peraxis_format.errors import ArgumentError, LiveModelError
-from peraxis_format.torch.place.finder import checkpoint_name
+from peraxis_format.torch.place.finder import checkpoint_names
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.mirror import is_url
 
@@ -37,14 +37,14 @@ def live_tensors(
     in_pieces: DTensors are allowed. Raises LiveModelError.
     """
     named = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    names = checkpoint_names(named) if isinstance(model, nn.Module) else {}
     first: dict[tuple[object, ...], str] = {}
     live: dict[str, Tensor] = {}
     tied: list[tuple[str, str]] = []
     for own, tensor in named.items():
         if not isinstance(tensor, Tensor):
             continue
-        name = checkpoint_name(own) if isinstance(model, nn.Module) else own
-        name = own if name != own and name in named else name
+        name = names.get(own, own)
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
             raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
