@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
@@ -53,72 +56,109 @@ def refuse_foreign(first: pxd.DeltaFile, base: Checkpoint) -> None:
     """Refuse an anchor of another model, which binds no tensor of the base but would get its other files.
 
     first: the delta, or the first update of a chain. One with its own config.json needs no more than one tensor in
-    common with the base, and so does one of which transformers names all tensors differently in a model (prefixes).
-    Otherwise the weights must be those of the base, in the same shapes; more of them are noted. Bytes are read only of
-    tables of a vocabulary that the anchor lacks. Raises CheckFailedError.
+    common with the base. Otherwise the weights must be those of the base, in the same shapes; more of them are noted.
+    Bytes are read only of tables of a vocabulary that the anchor lacks. Raises CheckFailedError.
     """
     modules = first.manifest.modules
     if any(module.base is not None for module in modules):
         return
-    if not any(module.name in base.tensors for module in modules):
-        alike = {(_tail(name), base.tensors[name].shape) for name in base.tensors}
-        if any((_tail(module.name), module.shape) in alike for module in modules):
-            return
+    tensors = _with_names_of(base.tensors, first.manifest)
+    if not any(each.is_in(base.tensors) for each in tensors):
         name = modules[0].name
         raise CheckFailedError(f"{first.path}: is for another model; {base.tensors.label} has no {name}, nor any other")
     if all(asset.path != _CONFIG for asset in first.manifest.assets):
         layers = _layers(_config_of(base))
-        _refuse_other_shapes(first, base.tensors, layers=layers)
-        _note_added(first, base.tensors, layers=layers)
+        _refuse_other_shapes(first.path, tensors, base.tensors, layers=layers)
+        _note_added(first.path, tensors, base.tensors, layers=layers)
 
 
-def _refuse_other_shapes(anchor: pxd.DeltaFile, base: pxd.Safetensors, *, layers: int | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A tensor of an anchor. module: its own name, or the one that it is tied to. name: in the base's files, or its own
+    if they have none like it.
+    """
+
+    module: str
+    own: str
+    name: str
+    shape: tuple[int, ...]
+
+    def is_in(self, base: pxd.Safetensors) -> bool:
+        """Whether the base has this tensor: by its own name, or by the end of its name and its shape."""
+        return self.name in base and (self.own == self.name or base[self.name].shape == self.shape)
+
+
+def _with_names_of(base: pxd.Safetensors, manifest: pxd.Manifest) -> list[_Named]:
+    """The tensors of an anchor, aliases included, with their names in the files of the base.
+
+    A model in transformers may have other prefixes than its files. So a name that the base does not have is compared
+    by its end with those that the anchor does not have: the first one of equal shape, else the first one.
+    """
+    names = manifest.names()
+    modules = {own: module for module in manifest.modules for own in names[module.name]}
+    left = defaultdict[str, list[str]](list)
+    for name in base:
+        if name not in modules:
+            left[_tail(name)].append(name)
+    tensors: list[_Named] = []
+    for own, module in modules.items():
+        alike = [] if own in base else left[_tail(own)]
+        name = next((name for name in alike if base[name].shape == module.shape), alike[0] if alike else own)
+        if alike:
+            alike.remove(name)
+        tensors.append(_Named(module.name, own, name, module.shape))
+    return tensors
+
+
+def _added(tensors: Sequence[_Named], base: pxd.Safetensors) -> list[_Named]:
+    """The tensors that the base lacks. An alias of another tensor is none of them."""
+    known = {each.module for each in tensors if each.name in base or each.name in base.foreign}
+    return [each for each in tensors if each.module == each.own and each.module not in known]
+
+
+def _refuse_other_shapes(anchor: Path, tensors: Sequence[_Named], base: pxd.Safetensors, *, layers: int | None) -> None:
     """Raise CheckFailedError for a tensor with another shape than in the base, and for a weight that is not there.
 
     layers: of the base's configuration, if it says. transformers loads no further ones, of several tokens' prediction.
     """
-    shapes = _shapes(anchor.manifest)
-    for name, shape in shapes.items():
-        if name in base and base[name].shape != shape:
-            found = f"{name} is {list(shape)} there and {list(base[name].shape)} in {base.label}"
-            raise CheckFailedError(f"{anchor.path}: is for another model; {found}; {_BEGAN}")
-    # transformers gives some tensors other names in the model (fused experts, prefixes). A layer with matrices that the
-    # base does not name has such names, so weights that are missing there say nothing.
-    renamed = {layer_of(name) for name, shape in shapes.items() if name not in base and len(shape) > 1}
+    for each in tensors:
+        if each.name in base and base[each.name].shape != each.shape:
+            found = f"{each.own} is {list(each.shape)} there and {list(base[each.name].shape)} in {base.label}"
+            raise CheckFailedError(f"{anchor}: is for another model; {found}; {_BEGAN}")
+    # transformers fuses some tensors in the model (experts). A layer with matrices that the base does not name has such
+    # tensors, so weights that are missing there say nothing.
+    fused = {layer_of(each.name) for each in _added(tensors, base) if len(each.shape) > 1}
+    present = {each.name for each in tensors}
     missing = [
         name
         for name in base
-        if name not in shapes
-        and _is_weight(base[name])
-        and (layer := layer_of(name)) not in renamed
+        if name not in present
+        and _is_needed(base[name], present)
+        and (layer := layer_of(name)) not in fused
         and (layers is None or layer is None or layer < layers)
     ]
     for name in sorted(missing, key=lambda name: _is_table(base[name])):  # tables last, because they are read
-        if not _is_tied(base, name, shapes):
+        if not _is_tied(base, name, present):
             found = f"it has no {name}, which is {list(base[name].shape)} in {base.label}"
             remedy = f"{_BEGAN}, or publish all weights of the model"
-            raise CheckFailedError(f"{anchor.path}: is for another model; {found}; {remedy}")
+            raise CheckFailedError(f"{anchor}: is for another model; {found}; {remedy}")
 
 
-def _note_added(anchor: pxd.DeltaFile, base: pxd.Safetensors, *, layers: int | None) -> None:
-    """Note the weights of an anchor that the base lacks. An alias of another tensor is none of them.
+def _note_added(anchor: Path, tensors: Sequence[_Named], base: pxd.Safetensors, *, layers: int | None) -> None:
+    """Note the matrices and biases of an anchor that the base lacks.
 
     Raises CheckFailedError for one of a layer that the model of the base's configuration does not have.
     """
-    names = anchor.manifest.names()
-    added = [
-        module.name
-        for module in anchor.manifest.modules
-        if len(module.shape) > 1 and all(name not in base and name not in base.foreign for name in names[module.name])
-    ]
+    added = [each.own for each in _added(tensors, base) if len(each.shape) > 1 or _is_bias(each.own)]
+    tails = {_tail(name) for name in base} if added else set()
     for name in added:
         layer = layer_of(name)
-        if layers is not None and layer is not None and layer >= layers and _NUMBER.sub(".0.", name, count=1) in base:
+        if layers is not None and layer is not None and layer >= layers and _NUMBER.sub(".0.", _tail(name)) in tails:
             found = f"it has {name}, and the config.json of {base.label} says {counted(layers, 'layer')}"
-            raise CheckFailedError(f"{anchor.path}: is for another model; {found}; {_BEGAN}")
+            raise CheckFailedError(f"{anchor}: is for another model; {found}; {_BEGAN}")
     if added:
         note(
-            f"{anchor.path}: has {counted(len(added), 'weight')} that {base.label} lacks, like {added[0]}; if this is "
+            f"{anchor}: has {counted(len(added), 'weight')} that {base.label} lacks, like {added[0]}; if this is "
             f"not the model of that checkpoint, {_BEGAN}"
         )
 
@@ -129,14 +169,15 @@ def _tail(name: str) -> str:
     return name[number.start() :] if number else ".".join(name.split(".")[-2:])
 
 
-def _shapes(manifest: pxd.Manifest) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors of a state, aliases included."""
-    names = manifest.names()
-    return {name: module.shape for module in manifest.modules for name in names[module.name]}
-
-
-def _is_weight(info: pxd.TensorInfo) -> bool:
+def _is_needed(info: pxd.TensorInfo, present: Collection[str]) -> bool:
+    """Whether a tensor is a weight, or a bias beside a weight that is present. A model may not use other tensors."""
+    if _is_bias(info.name):
+        return len(info.shape) == 1 and f"{info.name.removesuffix('bias')}weight" in present
     return info.name.endswith(".weight") and len(info.shape) > 0
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
 
 
 def _is_table(info: pxd.TensorInfo) -> bool:

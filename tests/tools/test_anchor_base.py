@@ -188,7 +188,50 @@ def test_a_model_whose_tensors_have_other_prefixes_in_files_is_no_other_model(tm
         assert all(torch.equal(again[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_a_part_of_a_model_with_more_layers_than_its_text_model_is_no_other_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 1}, r"it has layers\.1\.\S+, and the config\.json of \S+other says 1 layer"),
+        ({"num_hidden_layers": 3}, r"it has no model\.layers\.2\.\S+\.weight, which is \[[0-9, ]+\] in \S+other"),
+        ({"vocab_size": 48}, r"embed_tokens\.weight is \[32, 24\] there and \[48, 24\] in \S+other"),
+        (
+            {"intermediate_size": 96},
+            r"layers\.0\.mlp\.\w+\.weight is \[[0-9, ]+\] there and \[[0-9, ]+\] in \S+other",
+        ),
+        ({"tie_word_embeddings": False}, r"it has no lm_head\.weight, which is \[32, 24\] in \S+other"),
+    ],
+)
+def test_an_anchor_without_the_prefixes_of_files_is_refused_as_one_with_them_is(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    run = anchor_of(tmp_path / "run", model_of(num_hidden_layers=2).model).parent
+    other = base_of(tmp_path / "other", **{"num_hidden_layers": 2, "tie_word_embeddings": True, **changes})
+    for use in uses(run, other, tmp_path / "out"):
+        with pytest.raises(CheckFailedError, match=rf"anchor-00000000\.pxd: is for another model; {reason}{REMEDY}$"):
+            use()
+
+
+def test_biases_that_the_anchor_lacks_are_missed_and_those_that_the_base_lacks_are_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Qwen2 is Llama with biases, in the same names and shapes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = llama_config().to_diff_dict() | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    torch.manual_seed(0)
+    qwen2 = Qwen2ForCausalLM(Qwen2Config.from_dict(config)).bfloat16()
+    qwen2.save_pretrained(tmp_path / "qwen2")
+    with pytest.raises(CheckFailedError, match=r"it has no model\.layers\.0\.self_attn\.[qkv]_proj\.bias"):
+        peraxis.apply(tmp_path / "qwen2", anchor_of(tmp_path / "llama-run", model_of()), tmp_path / "out")
+    llama = base_of(tmp_path / "llama")
+    peraxis.apply(llama, anchor_of(tmp_path / "qwen2-run", qwen2), tmp_path / "out")
+    (noted,) = [message for message in caplog.messages if " lacks, like " in message]
+    assert "_proj.bias" in noted
+
+
+def test_a_part_of_a_model_with_more_layers_than_its_text_model_is_no_other_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = ["lm_head.weight", *(f"model.visual.blocks.{i}.attn.weight" for i in range(3))]
     live = {name: torch.zeros(8, 8, dtype=torch.bfloat16) for name in names}
     base = tmp_path / "base"
@@ -196,3 +239,4 @@ def test_a_part_of_a_model_with_more_layers_than_its_text_model_is_no_other_mode
     save_file({name.removeprefix("model."): tensor for name, tensor in live.items()}, base / "model.safetensors")
     (base / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
     peraxis.apply(base, anchor_of(tmp_path / "run", live).parent, tmp_path / "out")
+    assert not [message for message in caplog.messages if "lacks" in message]
