@@ -47,18 +47,28 @@ def _has_current_folder() -> bool:
     return True
 
 
-def library_reason(error: BaseException) -> str:
-    """Why transformers could not load or use a file, on one line; with the error's type, unless the text is enough."""
+def library_reason(error: BaseException, *, folder: str = "", shown: str = "") -> str:
+    """Why transformers could not load or use a file, on one line; with the error's type, unless the text is enough.
+
+    folder: the path that the library knows. shown: the name to write in its place.
+    """
     if "trust_remote_code" in str(error):
         return "it needs code of its own (auto_map), which is never run"
-    line = first_line(error)
+    line = first_line(error).replace(folder, shown) if folder else first_line(error)
     return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
 class ToolError(Exception):
-    """An error of usage, input or I/O; the message says in one line what is wrong, where, and what to do."""
+    """An error of usage, input or I/O; the message says in one line what is wrong, where, and what to do.
+
+    reason: the message without the remedy, if the remedy was given apart from it.
+    """
 
     exit_status: ClassVar[int] = 2
+
+    def __init__(self, reason: str, *, remedy: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(reason if remedy is None else f"{reason}; {remedy}")
 
 
 class CheckFailedError(ToolError):

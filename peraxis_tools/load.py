@@ -248,10 +248,7 @@ def _load_tokenizer_of(deltas: Sequence[Path], base: str | Path) -> Any:
             (folder / path).write_bytes(data)
         if not has_vocabulary([path.name for path in folder.iterdir()]):
             return None
-        try:
-            return load_tokenizer(folder)
-        except ToolError as error:
-            raise ToolError(str(error).replace(str(folder), files[-1].path.name)) from None
+        return load_tokenizer(folder, shown=files[-1].path.name)
 
 
 class PxdForCausalLM:

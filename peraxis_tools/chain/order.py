@@ -211,7 +211,9 @@ def _before(link: Link, by_id: Mapping[str, Link], known: _Known, *, strict: boo
     if len(candidates) > 1 and strict:
         names = " and ".join(str(other.path) for other in candidates[:_NAMES])
         more = f" and {len(candidates) - _NAMES} more" if len(candidates) > _NAMES else ""
-        raise CheckFailedError(f"{link.path}: could follow {names}{more}, which have one result; leave one of them out")
+        raise CheckFailedError(
+            f"{link.path}: could follow {names}{more}, which have one result", remedy="leave one of them out"
+        )
     return candidates[0] if candidates else None
 
 

@@ -166,8 +166,7 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
     try:
         before = predecessors([*kept, new])
     except CheckFailedError as error:
-        reason = str(error).partition(";")[0]
-        raise CheckFailedError(f"{shown}: its place would not be known ({reason}); {_AFTER}") from None
+        raise CheckFailedError(f"{shown}: its place would not be known ({error.reason})", remedy=_AFTER) from None
     own = at = before[new.content_id]
     for _ in kept:
         at = None if at is None else before[at.content_id]

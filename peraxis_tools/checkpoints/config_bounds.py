@@ -23,10 +23,10 @@ _COUNTS: Final = re.compile(
 _IMPLEMENTATION: Final = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
-def check_config_bounds(folder: Path) -> None:
+def check_config_bounds(folder: Path, *, shown: str | None = None) -> None:
     """Raise ToolError if the config.json of a folder has more than 4096 layers or experts, or names code, at any depth.
 
-    A missing or malformed file is no error here; loading it says more.
+    A missing or malformed file is no error here; loading it says more. shown: the folder's name in errors.
     """
     path = folder / "config.json"
     try:
@@ -35,7 +35,7 @@ def check_config_bounds(folder: Path) -> None:
     except (OSError, ValueError, RecursionError):
         return
     if wrong is not None:
-        raise ToolError(f"{path}: {wrong}; correct it")
+        raise ToolError(f"{shown or folder}/{path.name}: {wrong}; correct it")
 
 
 def _wrong(name: str, value: Any) -> Iterator[str]:

@@ -19,24 +19,30 @@ from peraxis_tools.texts.encoding import tokenizer_errors
 __all__ = ["check_causal", "load_config", "load_tokenizer", "parse_config", "resolve_device", "resolve_dtype"]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint's folder. Raises ToolError if it has none."""
+def load_tokenizer(folder: Path, *, shown: str | None = None) -> Any:
+    """The tokenizer of a checkpoint's folder. shown: the folder's name in errors. Raises ToolError if it has none."""
     from transformers import AutoTokenizer
 
-    check_growth(folder)
-    with tokenizer_errors(f"{folder}: its tokenizer cannot be loaded"):
+    shown = str(folder) if shown is None else shown
+    check_growth(folder, shown=shown)
+    with tokenizer_errors(f"{shown}: its tokenizer cannot be loaded", folder=str(folder), shown=shown):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def load_config(folder: Path) -> Any:
-    """The configuration of a checkpoint's folder, read by transformers. Raises ToolError if that fails."""
+def load_config(folder: Path, *, shown: str | None = None) -> Any:
+    """The configuration of a checkpoint's folder, read by transformers. shown: the folder's name in errors.
+
+    Raises ToolError if it cannot be read.
+    """
     from transformers import AutoConfig
 
-    check_config_bounds(folder)
+    shown = str(folder) if shown is None else shown
+    check_config_bounds(folder, shown=shown)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a malformed file
-        raise ToolError(f"{folder}: its config.json cannot be loaded: {library_reason(error)}") from None
+        reason = library_reason(error, folder=str(folder), shown=shown)
+        raise ToolError(f"{shown}: its config.json cannot be loaded: {reason}") from None
 
 
 def parse_config(values: Mapping[str, Any], *, label: str) -> Any:
@@ -46,10 +52,7 @@ def parse_config(values: Mapping[str, Any], *, label: str) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), "utf-8")
-        try:
-            return load_config(Path(folder))
-        except ToolError as error:
-            raise ToolError(str(error).replace(folder, label)) from None
+        return load_config(Path(folder), shown=label)
 
 
 def check_causal(config: Any, label: str, *, remedy: str) -> None:

@@ -20,10 +20,10 @@ _MOST: Final = 4096.0  # usual tokenizers: below 20
 _UNICODE: Final = 4.0  # decomposition and bytes as letters
 
 
-def check_growth(folder: Path) -> None:
+def check_growth(folder: Path, *, shown: str | None = None) -> None:
     """Raise ToolError if the tokenizer.json of a folder may make a text, or a decoded one, over 4096 times longer.
 
-    A missing or malformed file is no error here; loading it says more.
+    A missing or malformed file is no error here; loading it says more. shown: the folder's name in errors.
     """
     path = folder / "tokenizer.json"
     try:
@@ -39,8 +39,8 @@ def check_growth(folder: Path) -> None:
             growth = float("inf")
         if growth > _MOST:
             raise ToolError(
-                f"{path}: its {part} can make a text more than {_MOST:.0f} times longer; correct it, or use the "
-                "tokenizer of the base"
+                f"{shown or folder}/{path.name}: its {part} can make a text more than {_MOST:.0f} times longer; "
+                "correct it, or use the tokenizer of the base"
             )
 
 

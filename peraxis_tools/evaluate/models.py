@@ -103,7 +103,8 @@ def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
         parameter = model.get_parameter(name)
     except AttributeError:
         raise RenamedWeightError(
-            f"{name}: has another name in transformers; leave out the candidate on-the-fly: --no-on-the-fly"
+            f"{name}: has another name in transformers",
+            remedy="leave out the candidate on-the-fly: --no-on-the-fly",
         ) from None
     with torch.no_grad():
         parameter[: weight.shape[0]].copy_(weight)

@@ -263,7 +263,7 @@ def _compare_all(
         except RenamedWeightError as error:
             if not options.lenient:
                 raise
-            note(f"the candidate {candidate} is left out: {str(error).partition(';')[0]}")
+            note(f"the candidate {candidate} is left out: {error.reason}")
             done += len(sampled)
             progress("evaluate", done, total)
             continue

@@ -22,7 +22,15 @@ from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.outputs.folders import scratch_folder
 from peraxis_tools.process.optional import missing, require
-from peraxis_tools.remote.http_reads import SILENCE_SECONDS, http_options, is_http, read_range, refusal, save_all
+from peraxis_tools.remote.http_reads import (
+    SILENCE_SECONDS,
+    AnswerError,
+    http_options,
+    is_http,
+    read_range,
+    refusal,
+    save_all,
+)
 from peraxis_tools.remote.urls import file_of, without_secrets
 
 __all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable", "refuse_closed"]
@@ -123,7 +131,7 @@ class RemoteFile:
                     nonlocal left
                     left -= inc
                     if left < 0:
-                        raise ToolError("is longer than its store said; fetch it again")
+                        raise AnswerError("is longer than its store said; fetch it again")
                     step(inc)
 
             self._system.get_file(self._path, str(target), callback=Steps())
@@ -144,11 +152,9 @@ def readable(url: str, *, done: str = "read") -> Iterator[None]:
     shown = without_secrets(url)
     try:
         yield
-    except pxd.PxdError:
+    except (pxd.PxdError, ToolError):
         raise
-    except ToolError as error:
-        if str(error).startswith(shown):
-            raise
+    except AnswerError as error:
         raise ToolError(f"{shown}: {error}") from None
     except ImportError as error:
         raise missing(shown, error) from None

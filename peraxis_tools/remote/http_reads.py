@@ -11,13 +11,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, BinaryIO, Final
 
-from peraxis_tools.errors import ToolError
-
-__all__ = ["SILENCE_SECONDS", "http_options", "is_http", "read_range", "refusal", "save_all"]
+__all__ = ["SILENCE_SECONDS", "AnswerError", "http_options", "is_http", "read_range", "refusal", "save_all"]
 
 SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20
 _PULL: Final = "fetch the whole file with `pull`"
+
+
+class AnswerError(Exception):
+    """A server, or a store, sent other bytes than those that it was asked for; the message lacks the URL."""
 
 
 def is_http(url: str) -> bool:
@@ -40,7 +42,7 @@ def http_options(silence: float) -> dict[str, Any]:
 def read_range(system: Any, path: str, offset: int, end: int) -> bytes:
     """The bytes [offset, end) of a file. system: fsspec's HTTP file system.
 
-    Raises ToolError (without the URL) if the server sends another number of bytes, and the errors of aiohttp.
+    Raises AnswerError if the server sends another number of bytes, and the errors of aiohttp.
     """
     from fsspec.asyn import sync
 
@@ -51,7 +53,7 @@ def read_range(system: Any, path: str, offset: int, end: int) -> bytes:
 def save_all(system: Any, path: str, file: BinaryIO, size: int, step: Callable[[int], None]) -> None:
     """Write a whole file of `size` bytes. step: called with the bytes of each piece.
 
-    Raises ToolError (without the URL) if the server sends another number of bytes, and the errors of aiohttp.
+    Raises AnswerError if the server sends another number of bytes, and the errors of aiohttp.
     """
     from fsspec.asyn import sync
 
@@ -67,7 +69,7 @@ async def _answer(system: Any, path: str, headers: dict[str, str]) -> AsyncItera
         answer.raise_for_status()
         encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity"):
-            raise ToolError(
+            raise AnswerError(
                 f"the server sent {encoding[:32]!r} data, which was not asked for; download it and pass the file"
             )
         yield answer
@@ -102,17 +104,17 @@ async def _range(system: Any, path: str, offset: int, end: int) -> bytes:
     wanted = end - offset
     async with _answer(system, path, {"Range": f"bytes={offset}-{end - 1}"}) as answer:
         if answer.status != 206 and offset:
-            raise ToolError(f"the server does not send ranges; {_PULL}")
+            raise AnswerError(f"the server does not send ranges; {_PULL}")
         data = bytearray()
         while len(data) <= wanted and (piece := await answer.content.read(_PIECE)):
             data += piece
         sent_range = answer.status == 206
     if len(data) > wanted and not sent_range:
-        raise ToolError(f"the server does not send ranges; {_PULL}")
+        raise AnswerError(f"the server does not send ranges; {_PULL}")
     if len(data) > wanted:
-        raise ToolError(f"the server sent more than the {wanted} bytes of a range; {_PULL}")
+        raise AnswerError(f"the server sent more than the {wanted} bytes of a range; {_PULL}")
     if len(data) < wanted:
-        raise ToolError(f"the server sent {len(data)} bytes for a range of {wanted}; {_PULL}")
+        raise AnswerError(f"the server sent {len(data)} bytes for a range of {wanted}; {_PULL}")
     return bytes(data)
 
 
@@ -122,10 +124,10 @@ async def _save(system: Any, path: str, file: BinaryIO, size: int, step: Callabl
         while piece := await answer.content.read(_PIECE):
             done += len(piece)
             if done > size:
-                raise ToolError(
+                raise AnswerError(
                     f"the server sends more than the {size} bytes that it announced; download it and pass the file"
                 )
             file.write(piece)
             step(len(piece))
     if done < size:
-        raise ToolError(f"the server sent {done} of {size} bytes; fetch it again")
+        raise AnswerError(f"the server sent {done} of {size} bytes; fetch it again")

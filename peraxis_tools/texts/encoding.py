@@ -19,8 +19,11 @@ def token_ids(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
 
 
 @contextmanager
-def tokenizer_errors(what: str) -> Iterator[None]:
-    """Turn the errors of tokenizers into a ToolError: it raises many types, and panics, which are no Exception."""
+def tokenizer_errors(what: str, *, folder: str = "", shown: str = "") -> Iterator[None]:
+    """Turn the errors of tokenizers into a ToolError: it raises many types, and panics, which are no Exception.
+
+    folder, shown: as in `library_reason`.
+    """
     try:
         yield
     except (ToolError, MemoryError):
@@ -28,4 +31,4 @@ def tokenizer_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ToolError(f"{what}: {library_reason(error)}") from None
+        raise ToolError(f"{what}: {library_reason(error, folder=folder, shown=shown)}") from None

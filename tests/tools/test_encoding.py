@@ -42,6 +42,21 @@ def test_a_failure_while_encoding_names_the_folder(tmp_path: Path) -> None:
             call()
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 5000}),
+        ("model", None),
+    ],
+)
+def test_an_error_has_the_name_that_the_folder_is_shown_by(part: str, value: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "temporary", part, value)
+    with pytest.raises(ToolError, match=r"^d\.pxd") as caught:
+        load_tokenizer(folder, shown="d.pxd")
+    assert str(folder) not in str(caught.value)
+
+
 def test_an_interrupt_passes() -> None:
     with pytest.raises(KeyboardInterrupt), tokenizer_errors("a"):
         raise KeyboardInterrupt

@@ -30,6 +30,7 @@ from peraxis_format.torch.updates.errors import UpdateError, advised
 from peraxis_format.torch.updates.mirror import Mirror, is_url
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import (
+    AWAITED,
     OtherFile,
     UpdateFile,
     list_updates,
@@ -111,7 +112,7 @@ class Follower:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if (reason := missing_folder(self.folder)) is not None:
-            _LOGGER.warning("%s", reason)
+            _LOGGER.warning("%s; %s", reason, AWAITED)
 
     def __repr__(self) -> str:
         at = "unknown state" if self.step is None else f"step {self.step}"

@@ -18,6 +18,7 @@ from peraxis_format.manifest import PART_KEY
 from peraxis_format.reader import DeltaFile
 
 __all__ = [
+    "AWAITED",
     "OtherFile",
     "Standing",
     "UpdateFile",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _LOGGER: Final = logging.getLogger("peraxis")
+AWAITED: Final = "waiting for the first update"  # what a follower does about a missing folder
 _NAMES: Final = 3  # files that an error names at most
 
 
@@ -86,7 +88,7 @@ def missing_folder(folder: Path) -> str | None:
         reason = "is not a folder"
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
-    return f"{folder}: {reason}; waiting for the first update"
+    return f"{folder}: {reason}"
 
 
 def list_updates(
@@ -110,7 +112,7 @@ def _listed(
     """The updates with the names of steps, other updates, and the faults of files with the names of steps."""
     problems: dict[Path, str] = {}
     if (reason := missing_folder(folder)) is not None:
-        problems[folder] = reason
+        problems[folder] = f"{reason}; {AWAITED}"
     present = set(folder.glob("*.pxd"))
     for gone in known.keys() - present:
         del known[gone]
@@ -164,9 +166,9 @@ def chain_of(folder: Path) -> Way | None:
     Raises LiveModelError for a file that cannot be read, a gap, updates without an anchor, and updates that continue
     the chain under other names, because the next update would be a fork.
     """
+    if (reason := missing_folder(folder)) is not None:
+        raise LiveModelError(reason)
     files, others, problems = _listed(folder, {})
-    if folder in problems:
-        raise LiveModelError(problems[folder].partition(";")[0])
     if problems:
         raise LiveModelError(f"{next(iter(problems.values()))}; move it away and publish again")
     anchors = [file for file in files if file.is_anchor]
