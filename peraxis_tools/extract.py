@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_format.urls import is_url
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.folders import atomic_folder
 from peraxis_tools.outputs.rules import claim_folder
-from peraxis_tools.remote.files import RemoteFile, is_remote
+from peraxis_tools.remote.files import RemoteFile
 
 __all__ = ["ExtractResult", "extract"]
 
@@ -49,7 +50,7 @@ def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -
 @contextlib.contextmanager
 def _opened(source: str | Path) -> Iterator[tuple[str, list[str], Callable[[str], bytes]]]:
     """Content ID, asset paths, and a function that reads one of them."""
-    if is_remote(source):
+    if is_url(source):
         yield _remote(str(source))
         return
     with pxd.open(source) as file:

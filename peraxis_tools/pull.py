@@ -11,13 +11,14 @@ from pathlib import Path, PurePosixPath
 import peraxis_format as pxd
 from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_errors, hub_reason
+from peraxis_format.urls import is_url
 from peraxis_tools.arguments import sequence
 from peraxis_tools.deltas.content_ids import parse_content_ids
 from peraxis_tools.display.progress import Progress, ProgressOf, stages_of
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.rules import claim_files, made_folder, refuse_missing
 from peraxis_tools.process.optional import require
-from peraxis_tools.remote.files import is_remote, local_copy
+from peraxis_tools.remote.files import local_copy
 from peraxis_tools.remote.names import HUB_NAME, names_a_file
 from peraxis_tools.remote.urls import without_secrets
 
@@ -57,7 +58,7 @@ def pull(
     with numbers of bytes, or True for bars. Raises CheckFailedError for another content ID, PxdError, ToolError,
     OSError.
     """
-    if not is_remote(source) and not names_a_file(source):
+    if not is_url(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
     folder, files = Path(output), sequence(files)
     refuse_missing(folder.absolute().parent)
@@ -84,7 +85,7 @@ def _verified(path: Path, content_ids: Sequence[str], progress: ProgressOf, sour
     try:
         return _content_id(path, content_ids, progress)
     except pxd.PxdError as error:
-        error.file = without_secrets(source) if is_remote(source) else f"{source}/{path.name}"
+        error.file = without_secrets(source) if is_url(source) else f"{source}/{path.name}"
         raise
 
 
@@ -102,7 +103,7 @@ def _content_id(path: Path, content_ids: Sequence[str], progress: ProgressOf) ->
 @contextlib.contextmanager
 def _fetched(source: str, files: Sequence[str], progress: ProgressOf) -> Iterator[list[Path]]:
     """Yield local paths of the deltas: in a temporary folder for a URL, in the hub's cache for a repository."""
-    if is_remote(source):
+    if is_url(source):
         if files:
             raise ToolError(f"{without_secrets(source)}: names one file already; leave out files (--file)")
         with local_copy(source, progress=progress) as path:

@@ -11,11 +11,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from peraxis_format.urls import is_url
 from peraxis_tools.arguments import check_least, check_mapping, check_workers, refuse_idle, sequence
 from peraxis_tools.checkpoints.checkpoint import with_revision
 from peraxis_tools.display.progress import Progress, stages_of
 from peraxis_tools.errors import ToolError
-from peraxis_tools.remote.files import is_remote, local_copy, refuse_closed
+from peraxis_tools.remote.files import local_copy, refuse_closed
 from peraxis_tools.verify_files import Signature, VerifyResult, Wanted, verify_files
 
 __all__ = ["VerifyResult", "delta_files", "verify"]
@@ -98,10 +99,10 @@ def delta_files(deltas: str | Path | Sequence[str | Path]) -> list[str]:
     """
     files: list[str] = []
     for pattern in map(str, sequence(deltas)):
-        if not is_remote(pattern) and os.path.isdir(pattern):
+        if not is_url(pattern) and os.path.isdir(pattern):
             files.extend(_files_below(pattern) or [pattern])
             continue
-        if is_remote(pattern) or os.path.exists(pattern) or not glob.has_magic(pattern):
+        if is_url(pattern) or os.path.exists(pattern) or not glob.has_magic(pattern):
             files.append(pattern)
             continue
         files.extend(sorted(glob.glob(pattern, recursive=True)) or [pattern])
@@ -122,7 +123,7 @@ def _files_below(folder: str) -> list[str]:
 
 def _refuse_empty(name: str) -> None:
     """Raise ToolError for a folder or a glob that `delta_files` found no file for; OSError for a closed folder."""
-    if is_remote(name):
+    if is_url(name):
         return
     if os.path.isdir(name):
         os.listdir(name)

@@ -57,6 +57,7 @@ FORMAT = (
         "torch.device",
     ),
     *(
+        "urls",
         "hub",
         "create_remote",
         "torch.swap.transfer_plan",
@@ -203,6 +204,8 @@ def test_the_format_library_imports_neither_torch_nor_the_tools() -> None:
                 allowed |= {"hypothesis"}
             if path.name == "hub.py":
                 allowed |= {"huggingface_hub"}  # imported when a name is looked up
+            if path.name == "urls.py":
+                allowed |= {"aiohttp"}  # imported when a URL of HTTP is read
             assert names <= allowed, (path, names - allowed)
 
 
@@ -227,7 +230,7 @@ def test_one_file_of_the_vllm_plug_in_knows_the_names_of_vllm() -> None:
 
 
 def test_one_file_of_the_vllm_plug_in_reaches_into_the_loader() -> None:
-    modules = ("torch", "torch.updates", "hub", "errors", "reader", "manifest", "delta", "bits")
+    modules = ("torch", "torch.updates", "hub", "urls", "errors", "reader", "manifest", "delta", "bits")
     public = {f"peraxis_format.{name}" for name in modules}
     for path in sources("peraxis_format/engines/vllm"):
         if path.name == "bridge.py":
@@ -294,7 +297,7 @@ def test_the_tools_import_public_names_of_the_format_alone() -> None:
         modules = {name for name in modules if not name.startswith("peraxis_format.ops")}
         # The operations of the tools are built like those of the format, from the same parts.
         inner = {"peraxis_format.dtypes", "peraxis_format.thread_pool"} if "ops" in path.parts else set()
-        public = ("arguments", "create_remote", "errors", "hub", "torch")
+        public = ("arguments", "create_remote", "errors", "hub", "torch", "urls")
         assert modules <= {*(f"peraxis_format.{name}" for name in public), *inner}, (
             path,
             modules,

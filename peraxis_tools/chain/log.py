@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_name
+from peraxis_format.urls import is_url
 from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from
-from peraxis_tools.remote.files import RemoteFile, deltas_of, is_remote, local_copy
+from peraxis_tools.remote.files import RemoteFile, deltas_of, local_copy
 from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["ChainLog", "LogEntry", "log"]
@@ -56,7 +57,7 @@ def log(source: str | Path) -> ChainLog:
 
 
 def _read(file: str | Path) -> tuple[Link, LogEntry]:
-    if is_remote(file) and hub_name(file) is None:
+    if is_url(file) and hub_name(file) is None:
         remote = RemoteFile(str(file))
         _, manifest = remote.header()
         # Only the name, because a URL is not a path, and all of them are in one folder.

@@ -15,8 +15,8 @@ from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from
 from peraxis_tools.display.notes import note
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.remote_output import names_beside
-from peraxis_tools.remote.files import RemoteFile, is_remote
-from peraxis_tools.remote.urls import file_of, without_secrets
+from peraxis_tools.remote.files import RemoteFile
+from peraxis_tools.remote.urls import local_path, without_secrets
 
 __all__ = ["order_fault", "own_turn", "refuse_disorder", "refuse_other_name"]
 
@@ -33,7 +33,7 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
     previous: content ID of the update before it. base, result: digests over all tensors before and after it. Of a URL
     only headers are fetched. Raises CheckFailedError, ToolError if the URL cannot be read.
     """
-    here = file_of(output) or (None if is_remote(output) else Path(output))
+    here = local_path(output)
     shown = without_secrets(str(output)) if here is None else str(here)
     new = Link(path=Path(shown), content_id=_NEW, previous=previous, base=base, result=result)
     links = list(_remote_links(str(output)) if here is None else _links(here.parent))
@@ -47,7 +47,7 @@ def refuse_other_name(output: str | Path, before: Link) -> None:
 
     before: the update before it. Raises CheckFailedError, ToolError if the URL cannot be read.
     """
-    here = file_of(output) or (None if is_remote(output) else Path(output))
+    here = local_path(output)
     shown = without_secrets(str(output)) if here is None else str(here)
     paths = names_beside(str(output)) if here is None else [str(path) for path in sorted(here.parent.glob("*.pxd"))]
     others = [path for path in paths if PurePosixPath(path).name != Path(shown).name]

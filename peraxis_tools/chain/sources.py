@@ -9,12 +9,13 @@ from glob import has_magic
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_format.urls import is_url
 from peraxis_tools.chain.order import Link, beside_chain, link_from
 from peraxis_tools.deltas.parts import JOIN_PARTS, is_part
 from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.remote_output import refuse_replaced_url
-from peraxis_tools.remote.files import deltas_of, is_remote, local_copy
+from peraxis_tools.remote.files import deltas_of, local_copy
 from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["local_updates"]
@@ -53,7 +54,7 @@ def local_updates(
 def _refuse_pattern(source: str | Path) -> None:
     """Raise ToolError for a pattern in place of a file, like a quoted `run/*.pxd`."""
     name = str(source)
-    if not is_remote(name) and has_magic(name) and not os.path.lexists(name):
+    if not is_url(name) and has_magic(name) and not os.path.lexists(name):
         folder = os.path.dirname(name) or "."
         raise ToolError(f"{name}: no such file; pass the folder, {folder}, which means every .pxd in it")
 

@@ -13,6 +13,7 @@ from typing import Final, get_args
 import numpy as np
 
 import peraxis_format as pxd
+from peraxis_format.urls import is_url
 from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.chain.opened import opened_in_order
 from peraxis_tools.chain.order import Link
@@ -31,7 +32,6 @@ from peraxis_tools.display.progress import Progress, Steps, watched
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.remote_output import output_file
 from peraxis_tools.process.parallel import ordered_map
-from peraxis_tools.remote.files import is_remote
 from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["UpdateJob", "UpdateResult", "compact", "open_chain", "update", "write_update"]
@@ -175,7 +175,7 @@ def compact(
 
 def _named(result: UpdateResult, output: str | Path) -> UpdateResult:
     """The result with the given name of the output."""
-    return replace(result, path=without_secrets(str(output)) if is_remote(output) else Path(output))
+    return replace(result, path=without_secrets(str(output)) if is_url(output) else Path(output))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import click
 
 from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_path
+from peraxis_format.urls import is_url
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option, refuse_given
 from peraxis_tools.commands.sources import fetched
 from peraxis_tools.deltas.inspection import InspectResult, select
@@ -16,7 +17,6 @@ from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
 from peraxis_tools.outputs.rules import claim_files
-from peraxis_tools.remote.files import is_remote
 from peraxis_tools.report.console import emit, print_note
 from peraxis_tools.report.inspect import render_inspect
 
@@ -59,7 +59,7 @@ def command(
     if as_json:
         refuse_given("tree", "modules", why="with --json, which holds all of it")
     with claim_files(outputs, overwrite=overwrite, inputs=(delta,)):
-        result = inspect_remote(delta) if is_remote(delta) else inspect(hub_path(delta))
+        result = inspect_remote(delta) if is_url(delta) else inspect(hub_path(delta))
         if outputs:
             _write(result, delta, figure, page, overwrite=overwrite, quiet=quiet)
     if pattern is not None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
+from peraxis_format.urls import is_url
 from peraxis_tools.commands.options import json_option, overwrite_option, quiet_option
 from peraxis_tools.display.progress import staged
 from peraxis_tools.pull import pull
-from peraxis_tools.remote.files import is_remote
 from peraxis_tools.report.console import emit, hub_progress
 from peraxis_tools.report.pull import render_pull
 
@@ -51,7 +51,7 @@ def command(
     Example: peraxis-tools pull me/my-delta --expect-content-id sha256:...
              peraxis-tools apply BASE my-delta.pxd -o model
     """
-    hub = contextlib.nullcontext() if is_remote(source) else hub_progress(f"{source} (a repository)", quiet=quiet)
+    hub = contextlib.nullcontext() if is_url(source) else hub_progress(f"{source} (a repository)", quiet=quiet)
     with hub:
         result = pull(
             source,

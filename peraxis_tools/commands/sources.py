@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from peraxis_format.urls import is_url
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
-from peraxis_tools.remote.files import is_remote, local_copy
+from peraxis_tools.remote.files import local_copy
 from peraxis_tools.remote.urls import without_secrets
 
 __all__ = ["fetched", "refuse_urls", "updates_of"]
@@ -32,6 +33,6 @@ def updates_of(
 def refuse_urls(sources: Sequence[str]) -> list[Path]:
     """The paths of a verb that works on the user's own files. Raises ToolError for a URL."""
     for source in sources:
-        if is_remote(source):
+        if is_url(source):
             raise ToolError(f"{without_secrets(source)}: is a URL and not a file; fetch it with `pull` first")
     return [Path(source) for source in sources]

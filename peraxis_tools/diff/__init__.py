@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import peraxis_format as pxd
+from peraxis_format.urls import is_url
 from peraxis_tools.arguments import check_workers
 from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.deltas.rows import BaseRows, base_rows
@@ -24,7 +25,6 @@ from peraxis_tools.diff.result import DiffResult, GroupDiff, ManifestChange, Mod
 from peraxis_tools.display.progress import Progress, watched
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.process.parallel import balanced_map
-from peraxis_tools.remote.files import is_remote
 
 __all__ = ["DiffResult", "GroupDiff", "ManifestChange", "ModuleDiff", "diff", "diff_checkpoint", "names_checkpoint"]
 
@@ -73,7 +73,7 @@ def diff(
 
 def names_checkpoint(source: str | Path) -> bool:
     """Whether this is a folder, a safetensors file or a hub id. A URL and any other file is a delta."""
-    if is_remote(source):
+    if is_url(source):
         return False
     path = Path(source)
     return path.suffix != ".pxd" and (not path.is_file() or path.suffix in (".safetensors", ".json"))

@@ -13,13 +13,13 @@ from typing import Any
 
 from peraxis_format.create_remote import create_remote, replace_remote
 from peraxis_format.hub import hub_name
+from peraxis_format.urls import is_http, is_url
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.folders import scratch_folder
 from peraxis_tools.outputs.rules import Inputs, claim_delta, exists_already, made_folder
 from peraxis_tools.process.optional import require
-from peraxis_tools.remote.files import hub_form, is_remote, patience, readable
-from peraxis_tools.remote.http_reads import is_http
-from peraxis_tools.remote.urls import file_of, without_secrets
+from peraxis_tools.remote.files import hub_form, patience, readable
+from peraxis_tools.remote.urls import file_of, local_path, without_secrets
 
 __all__ = ["names_beside", "output_file", "refuse_replaced_url"]
 
@@ -30,10 +30,10 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs) -> Itera
 
     Raises ToolError, OSError.
     """
-    here = file_of(output) or (None if is_remote(output) else Path(output))
+    here = local_path(output)
     if here is not None:
         # As in a store, the folders of a URL need not exist.
-        folder = made_folder(here.parent) if is_remote(output) else contextlib.nullcontext()
+        folder = made_folder(here.parent) if is_url(output) else contextlib.nullcontext()
         with folder, claim_delta(here, overwrite=overwrite, inputs=inputs):
             yield here
         return
@@ -54,13 +54,13 @@ def output_file(output: str | Path, *, overwrite: bool, inputs: Inputs) -> Itera
 
 def refuse_replaced_url(output: str | Path, inputs: Inputs) -> None:
     """Raise ToolError if an output is at the URL of an input. Paths are compared by rules.py."""
-    if not is_remote(output) or file_of(output) is not None:
+    if not is_url(output) or file_of(output) is not None:
         return
     wanted = _identity(str(output))
     for source in inputs:
         if source is None or file_of(source) is not None:
             continue
-        if (is_remote(source) or hub_name(source) is not None) and _identity(str(source)) == wanted:
+        if (is_url(source) or hub_name(source) is not None) and _identity(str(source)) == wanted:
             raise ToolError(f"{without_secrets(str(output))}: is an input of this run; choose another output")
 
 

@@ -18,32 +18,19 @@ from typing import Any, Final
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_file, hub_files, hub_name
+from peraxis_format.urls import SILENCE_SECONDS, http_options, is_http
 from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError, first_line
 from peraxis_tools.outputs.folders import scratch_folder
 from peraxis_tools.process.optional import missing, require
-from peraxis_tools.remote.http_reads import (
-    SILENCE_SECONDS,
-    AnswerError,
-    http_options,
-    is_http,
-    read_range,
-    refusal,
-    save_all,
-)
-from peraxis_tools.remote.urls import file_of, without_secrets
+from peraxis_tools.remote.http_reads import AnswerError, read_range, refusal, save_all
+from peraxis_tools.remote.urls import file_of, local_path, without_secrets
 
-__all__ = ["RemoteFile", "deltas_of", "hub_form", "is_remote", "local_copy", "patience", "readable", "refuse_closed"]
+__all__ = ["RemoteFile", "deltas_of", "hub_form", "local_copy", "patience", "readable", "refuse_closed"]
 
-_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z][A-Za-z0-9+.-]+)*://")
 _START: Final = 1 << 16  # cached bytes of a file's beginning, at most
 # Users write hf://org/repo/path@revision; the hub's file system needs hf://org/repo@revision/path.
 _HUB: Final = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)/(?P<path>[^@]+)@(?P<revision>[^@]+)")
-
-
-def is_remote(source: str | Path) -> bool:
-    """Whether this is a URL, not a path."""
-    return isinstance(source, str) and _URL.match(source) is not None
 
 
 def hub_form(url: str) -> str:
@@ -140,10 +127,8 @@ class RemoteFile:
 
 
 def patience(url: str) -> dict[str, Any]:
-    """Options of a URL's file system. Only http is configured; the libraries of the hub and of object stores have such
-    limits themselves.
-    """
-    return http_options(SILENCE_SECONDS) if is_http(url) else {}
+    """The options of a URL's file system."""
+    return http_options(url, silence=SILENCE_SECONDS)
 
 
 @contextlib.contextmanager
@@ -189,7 +174,7 @@ def local_copy(source: str | Path, *, progress: ProgressOf = silent) -> Iterator
     if name is not None:
         yield hub_file(name)  # it remains in the hub's cache
         return
-    here = file_of(source) or (None if is_remote(source) else Path(source))
+    here = local_path(source)
     if here is not None:
         yield here
         return
@@ -217,7 +202,7 @@ def deltas_of(source: str | Path) -> list[str | Path]:
     hub = hub_name(source)
     if hub is not None:
         return [source] if (hub.file or "").endswith(".pxd") else list(hub_files(hub))
-    here = file_of(source) or (None if is_remote(source) else Path(source))
+    here = local_path(source)
     if file_of(source) is not None and "*" in str(here):
         return _some(source, sorted(glob(str(here))))
     if here is not None:

@@ -11,32 +11,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, BinaryIO, Final
 
-__all__ = ["SILENCE_SECONDS", "AnswerError", "http_options", "is_http", "read_range", "refusal", "save_all"]
+__all__ = ["AnswerError", "read_range", "refusal", "save_all"]
 
-SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20
 _PULL: Final = "fetch the whole file with `pull`"
 
 
 class AnswerError(Exception):
     """A server, or a store, sent other bytes than those that it was asked for; the message lacks the URL."""
-
-
-def is_http(url: str) -> bool:
-    """Whether a URL is one of HTTP."""
-    return url.startswith(("http://", "https://"))
-
-
-def http_options(silence: float) -> dict[str, Any]:
-    """Options of fsspec's HTTP file system. silence: the seconds that a server may send nothing.
-
-    A slow server is allowed as long as it sends data.
-    """
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=silence, sock_read=silence)
-    headers = {"Accept-Encoding": "identity"}
-    return {"client_kwargs": {"timeout": timeout, "headers": headers, "auto_decompress": False}}
 
 
 def read_range(system: Any, path: str, offset: int, end: int) -> bytes:

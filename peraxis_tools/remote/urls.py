@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-__all__ = ["file_of", "without_secrets"]
+from peraxis_format.urls import is_url
+
+__all__ = ["file_of", "local_path", "without_secrets"]
 
 _LOCAL: Final = ("file://", "local://")  # of fsspec
 _USER: Final = re.compile(r"(?P<before>[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#]*@")
@@ -25,6 +27,11 @@ def file_of(source: str | Path) -> Path | None:
         if isinstance(source, str) and source.startswith(scheme):
             return Path(source.removeprefix(scheme))
     return None
+
+
+def local_path(source: str | Path) -> Path | None:
+    """The path of a name on this machine, which may be a file:// URL; None for any other URL."""
+    return file_of(source) or (None if is_url(source) else Path(source))
 
 
 def without_secrets(text: str) -> str:

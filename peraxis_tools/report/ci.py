@@ -15,6 +15,7 @@ from xml.sax.saxutils import escape as xml_text
 from xml.sax.saxutils import quoteattr
 
 import peraxis_format as pxd
+from peraxis_format.urls import is_url
 from peraxis_tools.display.shown import visible
 from peraxis_tools.verify_files import Check, FileVerdict, Status, VerifyResult
 
@@ -99,7 +100,7 @@ def _rule(check: Check) -> dict[str, Any]:
 
 
 def _uri(file: str) -> str:
-    return file if "://" in file else quote(os.fsencode(PurePath(file).as_posix()))
+    return file if is_url(file) else quote(os.fsencode(PurePath(file).as_posix()))
 
 
 def sarif(report: VerifyResult) -> str:

@@ -19,13 +19,14 @@ import pytest
 from click.testing import CliRunner
 
 import peraxis_format as pxd
+from peraxis_format.urls import is_url
 from peraxis_tools.cli import main
 from peraxis_tools.commands import inspect as inspect_command
 from peraxis_tools.commands import verify as verify_command
 from peraxis_tools.errors import ToolError
 from peraxis_tools.inspect import inspect, inspect_remote
 from peraxis_tools.remote import files as remote
-from peraxis_tools.remote.files import RemoteFile, hub_form, is_remote
+from peraxis_tools.remote.files import RemoteFile, hub_form
 from peraxis_tools.remote.urls import without_secrets
 from peraxis_tools.verify import verify
 from tests.factories import random_storage, sign_module, write_delta
@@ -221,9 +222,9 @@ def test_hub_addresses_carry_their_revision_at_either_place() -> None:
     assert hub_form("hf://org/repo/sub/file.pxd@v1.0") == "hf://org/repo@v1.0/sub/file.pxd"
     assert hub_form("hf://org/repo/file.pxd@refs/pr/1") == "hf://org/repo@refs%2Fpr%2F1/file.pxd"
     assert hub_form("hf://org/repo@v1/file.pxd") == "hf://org/repo@v1/file.pxd"
-    assert is_remote("hf://org/repo/file.pxd")
-    assert not is_remote("C:/x.pxd")
-    assert not is_remote("org/repo")
+    assert is_url("hf://org/repo/file.pxd")
+    assert not is_url("C:/x.pxd")
+    assert not is_url("org/repo")
 
 
 SECRETS = (

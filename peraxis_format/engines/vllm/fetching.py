@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from peraxis_format.engines.vllm.following import RequestError
-from peraxis_format.engines.vllm.source import downloaded, is_url, shown
+from peraxis_format.engines.vllm.source import downloaded, shown
 from peraxis_format.errors import CheckpointError
+from peraxis_format.urls import is_http
 
 __all__ = ["Fetching"]
 
@@ -30,7 +31,7 @@ class Fetching:
         """The name under which ranks open a source, during the block. Raises RequestError, of the block too, with the
         URL in the place of the path.
         """
-        if not self.one_host or not is_url(source):
+        if not self.one_host or not is_http(source):
             yield source
             return
         fetched = downloaded(source)

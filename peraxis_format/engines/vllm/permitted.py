@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from peraxis_format.errors import LiveModelError
+from peraxis_format.urls import is_url
 
 __all__ = ["ROOT_VARIABLE", "Permitted"]
 
@@ -58,7 +59,7 @@ class Permitted:
                 f"requests cannot name files, because this server has no key; set {ROOT_VARIABLE} to the folder of the "
                 "deltas, or start it with --api-key"
             )
-        if "\0" not in name and "://" not in name:
+        if "\0" not in name and not is_url(name):
             path = Path(os.path.realpath(self.root / name))  # links are followed, so that they cannot lead out
             if path.is_relative_to(self.root):
                 return str(path)

@@ -22,15 +22,14 @@ from peraxis_format.engines.vllm.bridge import Ranks, together
 from peraxis_format.errors import CheckpointError, LiveModelError, PxdError
 from peraxis_format.hub import hub_path
 from peraxis_format.reader import DeltaFile
+from peraxis_format.urls import SILENCE_SECONDS, is_http
 
-__all__ = ["LONGEST_SOURCE", "NAME_RULE", "copy_announced", "downloaded", "is_url", "open_delta", "quoted", "shown"]
+__all__ = ["LONGEST_SOURCE", "NAME_RULE", "copy_announced", "downloaded", "open_delta", "quoted", "shown"]
 
-_SILENCE_SECONDS: Final = 60.0
 _PIECE: Final = 1 << 20
 LONGEST_SOURCE: Final = 4096  # the longest path on Linux
 NAME_RULE: Final = "it must be a text of 1 to {} characters without control characters"
 _LONGEST_QUOTE: Final = 100
-_URLS: Final = ("http://", "https://")
 
 
 def open_delta(source: str, *, group: Any = None) -> DeltaFile:
@@ -49,7 +48,7 @@ def open_delta(source: str, *, group: Any = None) -> DeltaFile:
 def _opened(source: str) -> DeltaFile:
     if not source.isprintable() or len(source) > LONGEST_SOURCE:
         raise CheckpointError(f"{quoted(source)}: is not a name of a file; {NAME_RULE.format(LONGEST_SOURCE)}")
-    if not is_url(source):
+    if not is_http(source):
         return DeltaFile(hub_path(source))
     with downloaded(source) as path:
         try:
@@ -70,14 +69,9 @@ def quoted(value: object) -> str:
     return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}... ({len(text)} characters)"
 
 
-def is_url(source: str) -> bool:
-    """Whether a source is fetched by HTTP."""
-    return source.startswith(_URLS)
-
-
 def shown(source: str) -> str:
     """The name for errors and logs: of a URL without user, password, query and fragment."""
-    if not is_url(source):
+    if not is_http(source):
         return source
     scheme, _, rest = source.partition("://")
     address, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
@@ -117,7 +111,7 @@ def downloaded(url: str) -> Iterator[Path]:
 
 def _fetch(url: str, target: Path) -> None:
     try:
-        with urllib.request.urlopen(url, timeout=_SILENCE_SECONDS) as reader, open(target, "wb") as writer:
+        with urllib.request.urlopen(url, timeout=SILENCE_SECONDS) as reader, open(target, "wb") as writer:
             copy_announced(reader, writer)
     except (HTTPException, ValueError):
         raise CheckpointError(f"{shown(url)}: cannot be fetched; check the address") from None  # errors quote the query

@@ -27,7 +27,7 @@ from peraxis_format.torch.place.ranks import Ranks, together
 from peraxis_format.torch.place.shards import Placement, Shard, Target, own_piece
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError, advised
-from peraxis_format.torch.updates.mirror import Mirror, is_url
+from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import (
     AWAITED,
@@ -38,6 +38,7 @@ from peraxis_format.torch.updates.source import (
     next_update,
     standing,
 )
+from peraxis_format.urls import is_url
 
 __all__ = ["Follower", "Poll", "follow"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peraxis_format.errors import ArgumentError, LiveModelError
 from peraxis_format.torch.place.finder import checkpoint_names
 from peraxis_format.torch.place.pieces import is_dtensor
-from peraxis_format.torch.updates.mirror import is_url
+from peraxis_format.urls import is_url
 
 __all__ = ["check_publishing", "live_tensors"]
 

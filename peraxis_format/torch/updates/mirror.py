@@ -22,13 +22,13 @@ from peraxis_format.chain_names import step_of
 from peraxis_format.create_remote import create_remote, head_of, is_replaced, start_of
 from peraxis_format.errors import LiveModelError, first_line
 from peraxis_format.header import read_header
+from peraxis_format.urls import http_options
 
-__all__ = ["PREFIX", "Mirror", "is_url"]
+__all__ = ["PREFIX", "Mirror"]
 
 PREFIX: Final = "peraxis-chain-"  # of temporary folders
 _PART: Final = ".part"
 _LONGEST_PAUSE: Final = 64  # syncs between two fetches of a faulty file
-_SILENCE: Final = 60.0  # seconds that an HTTP server may send nothing
 # Entries of a listing that change with the file.
 _STAMPS: Final = frozenset(
     {
@@ -47,11 +47,6 @@ _STAMPS: Final = frozenset(
 _Stamp: TypeAlias = tuple[tuple[str, str], ...]
 
 
-def is_url(source: str | Path) -> bool:
-    """Whether a source is a URL, not a folder."""
-    return isinstance(source, str) and "://" in source
-
-
 class Mirror:
     """The chain of a URL in a temporary folder, which is removed by `close()`, or else with this object.
 
@@ -64,7 +59,7 @@ class Mirror:
         try:
             import fsspec
 
-            self._system, self._path = fsspec.core.url_to_fs(self.url, **_patience(self.url))
+            self._system, self._path = fsspec.core.url_to_fs(self.url, **http_options(self.url))
         except ImportError as error:
             raise LiveModelError(f"{self.url}: needs a package that is not installed ({error}); install it") from None
         except ValueError as error:
@@ -233,17 +228,6 @@ class Mirror:
 
 def _stamp(entry: dict[str, Any]) -> _Stamp:
     return tuple(sorted((key, str(value)) for key, value in entry.items() if key in _STAMPS))
-
-
-def _patience(url: str) -> dict[str, Any]:
-    """Options of the file system of an HTTP server: a download may take long, but not be silent, nor packed."""
-    if not url.startswith(("http://", "https://")):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
-    headers = {"Accept-Encoding": "identity"}
-    return {"client_kwargs": {"timeout": timeout, "headers": headers, "auto_decompress": False}}
 
 
 def _known(found: dict[str, tuple[int, bool] | None]) -> list[tuple[str, tuple[int, bool]]]:

@@ -29,12 +29,13 @@ from peraxis_format.torch.place.pieces import Layout, flat_indices
 from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.live import live_tensors
-from peraxis_format.torch.updates.mirror import Mirror, is_url
+from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.owned import check_ranks, owned_state
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
 from peraxis_format.torch.updates.source import UpdateFile, Way, chain_of
+from peraxis_format.urls import is_url
 from peraxis_format.writer import DeltaWriter
 
 __all__ = ["ShardedUpdateWriter"]
