@@ -16,7 +16,7 @@ from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_part", "named"]
+__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_part", "named", "tied_tensors"]
 
 # Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
@@ -69,11 +69,15 @@ class Finder:
                 return [ShardView(whole(entry.shape), given)]
             return [given] if isinstance(given, ShardView) else list(given)
         if name in self.live:
-            return [local_part(self.live[name], self._box(name, entry), name)]
+            return [self.part_of(self.live[name], name, entry)]
         found = list(self._rows(name))
         if not found and name in self.renamed:
             found = [ShardView(whole(entry.shape), self.renamed[name])]
         return found
+
+    def part_of(self, live: Tensor, name: str, entry: ModuleEntry) -> ShardView:
+        """A live tensor as the part of a checkpoint tensor, under its own name or that of an alias."""
+        return local_part(live, self._box(name, entry), name)
 
     def _box(self, name: str, entry: ModuleEntry) -> Box:
         box = whole(entry.shape)
@@ -137,6 +141,18 @@ def _inner(model: nn.Module) -> nn.Module:
     """The transformers model inside wrappers, or the model itself."""
     kinds = ((module, [kind.__name__ for kind in type(module).__mro__]) for module in model.modules())
     return next((module for module, names in kinds if "PreTrainedModel" in names), model)
+
+
+def tied_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pairs of tensors that transformers ties if the configuration says so (`tie_word_embeddings`): the copy, like
+    the head, and its source. Patterns in place of names, which few models have, are passed over.
+    """
+    inner = _inner(model)
+    tied = getattr(inner, "_tied_weights_keys", None)
+    if not isinstance(tied, Mapping):  # before version 5 of transformers, a list of the copies
+        return
+    live = dict(inner.named_parameters(remove_duplicate=False))
+    yield from ((live[copy], live[source]) for copy, source in tied.items() if copy in live and source in live)
 
 
 def check_target(target: object) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from peraxis_format.dtypes import DType
 from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import PART_KEY, Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of, torch_dtype
-from peraxis_format.torch.place.finder import FUSED, Finder
+from peraxis_format.torch.place.finder import FUSED, Finder, tied_tensors
 from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.shards import (
     Placement,
@@ -61,11 +62,13 @@ def place(
     for entry in manifest.modules:
         if entry.name in placement:
             placement[entry.name] = _distinct(
-                [_checked(entry, part, remedies, mixed=mixed) for part in placement[entry.name]]
+                [_checked(entry, part, remedies, manifest, mixed=mixed) for part in placement[entry.name]]
             )
     _refuse_composed(missing, finder, remedies)
     _refuse_missing(manifest, missing, remedies)
     _refuse_dropped(manifest, finder, placement, remedies)
+    for entry, part in _untied_copies(target, finder, placement):
+        placement[entry.name] += (_checked(entry, part, remedies, manifest, mixed=mixed),)
     _refuse_shared(manifest, placement)
     return placement
 
@@ -85,7 +88,7 @@ def _refuse_quantised(target: Target) -> None:
         )
 
 
-def _checked(entry: ModuleEntry, part: ShardView, remedies: Remedies, *, mixed: bool) -> ShardView:
+def _checked(entry: ModuleEntry, part: ShardView, remedies: Remedies, manifest: Manifest, *, mixed: bool) -> ShardView:
     """The part, in the base's dtype if the live model has a wider one."""
     name, view = entry.name, part.view
     if type(view) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -96,11 +99,11 @@ def _checked(entry: ModuleEntry, part: ShardView, remedies: Remedies, *, mixed: 
         raise LiveModelError(f"{name}: on the meta device, without storage; load the weights first")
     if mixed and is_widened(entry, view):
         part = narrowed(entry, part)
-    _check(entry, part, remedies)
+    _check(entry, part, remedies, manifest)
     return part
 
 
-def _check(entry: ModuleEntry, part: ShardView, remedies: Remedies) -> None:
+def _check(entry: ModuleEntry, part: ShardView, remedies: Remedies, manifest: Manifest) -> None:
     """Check that the live tensor is the base's (SPEC 7.2), and that the fine-tuned one fits into its storage."""
     name, view = entry.name, part.view
     dtype = dtype_of(view, name)
@@ -110,10 +113,13 @@ def _check(entry: ModuleEntry, part: ShardView, remedies: Remedies) -> None:
         fits = part.box == whole(entry.shape) and base.shape != entry.shape
         expected = base.shape if fits else local
         if dtype is not base.dtype and tuple(view.shape) == expected:
+            if entry.dtype is not base.dtype:  # in no dtype of the live model is it both
+                raise LiveModelError(
+                    f"{name}: {entry.dtype.value} in the fine-tune, {base.dtype.value} in its base; "
+                    f"{remedies.other(entry, base.dtype, base.shape)}"
+                )
             raise BindingError(
-                "E403",
-                f"{dtype.value}, not {base.dtype.value}: load the model with dtype={torch_dtype(base.dtype)}",
-                field=name,
+                "E403", f"{dtype.value}, not {base.dtype.value}: {_loading(base.dtype, manifest)}", field=name
             )
         if tuple(view.shape) != expected:
             raise BindingError(
@@ -126,6 +132,31 @@ def _check(entry: ModuleEntry, part: ShardView, remedies: Remedies) -> None:
             f"{name}: the fine-tune has {entry.dtype.value} {list(entry.shape)}, the live model {dtype.value} "
             f"{list(view.shape)}; {remedies.other(entry, dtype, tuple(view.shape))}"
         )
+
+
+def _loading(dtype: DType, manifest: Manifest) -> str:
+    """How the live model gets the base's dtype. transformers loads a model in one dtype, whatever its file has."""
+    dtypes = {entry.base.dtype for entry in manifest.modules if entry.base is not None and entry.base.dtype.is_float}
+    if dtypes == {dtype}:
+        return f"load the model with dtype={torch_dtype(dtype)}"
+    several = " and ".join(sorted(each.value for each in dtypes))
+    return (
+        f"the base has tensors in {several}; load the model in float32, and cast each tensor to its dtype in the base"
+    )
+
+
+def _untied_copies(target: Target, finder: Finder, placement: Placement) -> Iterator[tuple[ModuleEntry, ShardView]]:
+    """The tensors of a transformers model that are copies of a module, and the module. A checkpoint of a tied model has
+    one tensor for the embeddings and the head; a live model may have been untied since, and then has two.
+    """
+    if not isinstance(target, nn.Module):
+        return
+    places = {storage_key(part.live): name for name, parts in placement.items() for part in parts}
+    for copy, source in tied_tensors(target):
+        key = storage_key(own_piece(source))
+        if key in places and storage_key(own_piece(copy)) not in places:
+            entry = finder.entries[places[key]]
+            yield entry, finder.part_of(copy, entry.name, entry)
 
 
 def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
