@@ -1,7 +1,9 @@
-"""Merge tensors that are exact in an input: base + sum w_i (tensor_i - base), rounded once to the dtype.
+"""Merge tensors that are exact in an input.
+
+    merged = base + sum w_i (tensor_i - base)        rounded to binary32, and then to the dtype
 
 Rows without a base have no delta: they become the weighted mean of the inputs' rows. Rows that are equal in all inputs
-are copied. Blocks of rows are computed in binary64.
+are copied. Blocks of rows are summed in binary64; other methods than sums give their deltas in binary32.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.deltas.rows import BaseRows, has_delta, row_blocks
 from peraxis_tools.errors import ToolError
-from peraxis_tools.merge.fit import Dense
+from peraxis_tools.merge.fit import AnyDense
 from peraxis_tools.merge.methods import SUM_MIN
 
 __all__ = ["merge_exact", "merge_tails"]
@@ -28,7 +30,7 @@ def merge_exact(
     *,
     plain: bool,
     base: BaseRows | None,
-    mixed: Callable[[], Dense],
+    mixed: Callable[[], AnyDense],
 ) -> pxd.ModuleDelta:
     """One `full` module from modules of one name, of which at least one is `full`.
 

@@ -29,12 +29,13 @@ from peraxis_tools.deltas.rows import row_blocks
 from peraxis_tools.ops.delta_sums import DeltaSums, delta_sums
 from peraxis_tools.ops.merge_rows import columns
 
-__all__ = ["Dense", "Fit", "fit_masks"]
+__all__ = ["AnyDense", "Dense", "Fit", "fit_masks"]
 
 _TINY: Final = float(np.finfo(np.float64).tiny)
 
 # Returns rows of a dense matrix [d_out, d_in], which the caller may change; called several times.
 Dense: TypeAlias = Callable[[slice], NDArray[np.float32]]
+AnyDense: TypeAlias = Dense | Callable[[slice], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from peraxis_tools.deltas.fold import fold
 from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge.exact import merge_exact, merge_tails
-from peraxis_tools.merge.fit import Dense, fit_masks
+from peraxis_tools.merge.fit import AnyDense, Dense, fit_masks
 from peraxis_tools.merge.methods import Magnitudes, Mixture, make_mixer
 
 __all__ = ["MergedModule", "merge_module", "needs_base", "relative_error"]
@@ -130,8 +130,14 @@ def _mixed(
     mixture: Mixture,
     keys: Sequence[str],
     base: BaseRows | None,
-) -> Dense:
-    """The merged delta by ranges of its first dimension, if at least one input is exact."""
+) -> AnyDense:
+    """The merged delta by ranges of its first dimension, if at least one input is exact; a sum is in binary64."""
+    if mixture.is_sum:
+        factors = mixture.effective(weights)
+        return lambda rows: sum(
+            (factor * _unrounded(module, rows, base) for module, factor in zip(modules, factors, strict=True)),
+            start=np.zeros(()),
+        )
     deltas = [_dense(module, base) for module in modules]
     covered = modules[0].covered
 
@@ -140,6 +146,14 @@ def _mixed(
 
     mixer = make_mixer(mixture, weights, keys, [magnitudes(delta) for delta in deltas])
     return lambda rows: mixer.mix([delta(rows) for delta in deltas], (rows.start,))
+
+
+def _unrounded(module: pxd.ModuleDelta, rows: slice, base: BaseRows | None) -> NDArray[np.float64]:
+    """`delta_rows` in binary64, where differences of binary32 numbers of like sizes are exact."""
+    if module.full is None or base is None:
+        return delta_rows(module, rows, base).astype(np.float64)
+    full = pxd.to_float32(module.full[rows] if module.shape else module.full, module.dtype)
+    return full.astype(np.float64) - base(rows)
 
 
 def _dense(module: pxd.ModuleDelta, base: BaseRows | None) -> Dense:
