@@ -15,7 +15,14 @@ from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoints.assets import LEFT_BEHIND
 from peraxis_tools.checkpoints.checkpoint import open_checkpoint, refuse_swapped
 from peraxis_tools.checkpoints.completeness import note_borrowed, refuse_foreign
-from peraxis_tools.checkpoints.shards import SHARD_BYTES, Shard, plan_shards, shard_header, write_index, write_tensor
+from peraxis_tools.checkpoints.shards import (
+    SHARD_BYTES,
+    ShardFile,
+    plan_shards,
+    shard_header,
+    write_index,
+    write_tensor,
+)
 from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all, tensor_specs
 from peraxis_tools.display.progress import Progress, watched
@@ -127,7 +134,7 @@ def _refuse_repeats(file: pxd.DeltaFile, read: int) -> None:
 
 def _write_shards(
     folder: Path,
-    shards: list[Shard],
+    shards: list[ShardFile],
     delta: pxd.DeltaFile,
     base: pxd.Safetensors,
     workers: int | None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import peraxis_format as pxd
-from peraxis_tools.card_updates import Place, places
+from peraxis_tools.card_updates import ChainPlace, places
 from peraxis_tools.deltas.calibration_text import calibration_text
 from peraxis_tools.deltas.inspection import InspectResult
 from peraxis_tools.display.shown import counted, times_smaller
@@ -209,7 +209,7 @@ def _has_signs(found: InspectResult) -> bool:
     return any(module.components for module in found.manifest.modules)
 
 
-def _section(repository: str, delta: CardDelta, place: Place | None, base: str) -> Iterator[str]:
+def _section(repository: str, delta: CardDelta, place: ChainPlace | None, base: str) -> Iterator[str]:
     found = delta.found
     yield f"## {_md(delta.file)}"
     yield ""
@@ -225,7 +225,7 @@ def _section(repository: str, delta: CardDelta, place: Place | None, base: str) 
         yield from _fidelity(delta.evaluation)
 
 
-def _what(delta: CardDelta, place: Place | None) -> str:
+def _what(delta: CardDelta, place: ChainPlace | None) -> str:
     """The kind of file, in words. place: that of an update."""
     if place is None:
         kind = "a 1-bit difference" if _has_signs(delta.found) else "an exact difference"
@@ -242,7 +242,7 @@ def _md(value: str) -> str:
     return _SPECIAL.sub(r"\\\1", plain)
 
 
-def _facts(delta: CardDelta, place: Place | None) -> Iterator[str]:
+def _facts(delta: CardDelta, place: ChainPlace | None) -> Iterator[str]:
     base, found = delta.base, delta.found
     revision = f" at `{_md(base.revision)}`" if base.revision else ""
     yield f"- content ID `{found.content_id}`"
@@ -262,7 +262,7 @@ def _facts(delta: CardDelta, place: Place | None) -> Iterator[str]:
     yield ""
 
 
-def _base_to_pass(delta: CardDelta, place: Place | None, deltas: Mapping[str, CardDelta]) -> str:
+def _base_to_pass(delta: CardDelta, place: ChainPlace | None, deltas: Mapping[str, CardDelta]) -> str:
     """The hub id to pass as the base, that of the chain's first update for one of its others; else BASE."""
     identity: pxd.Identity | None = delta.base
     if place is not None and (place.is_anchor or place.previous is not None) and delta.base_id is None:
@@ -273,7 +273,7 @@ def _base_to_pass(delta: CardDelta, place: Place | None, deltas: Mapping[str, Ca
     return f"{identity.id}@{identity.revision}" if identity.revision else identity.id
 
 
-def _loading(repository: str, delta: CardDelta, place: Place | None, base: str) -> Iterator[str]:
+def _loading(repository: str, delta: CardDelta, place: ChainPlace | None, base: str) -> Iterator[str]:
     file, quoted = shlex.quote(delta.file), shlex.quote(base)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", delta.file)), default=0))
     follows = place is not None and place.previous is not None

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import peraxis_format as pxd
 from peraxis_tools.chain.order import Link, link_from, predecessors
 
-__all__ = ["Place", "places"]
+__all__ = ["ChainPlace", "places"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ChainPlace:
     """The place of an update. is_anchor: it needs no base.
 
     previous: the content ID of the update that it follows; None for the first one. file: the name of that one, and
@@ -25,25 +25,25 @@ class Place:
     first: str | None = None
 
 
-def places(manifests: Mapping[str, pxd.Manifest]) -> dict[str, Place]:
+def places(manifests: Mapping[str, pxd.Manifest]) -> dict[str, ChainPlace]:
     """By file name the place of each update among these files. Other deltas have none."""
     links = {name: link_from(name, found) for name, found in manifests.items() if found.result is not None}
     before = predecessors(list(links.values()), strict=False)
     return {name: _place(link, before) for name, link in links.items()}
 
 
-def _place(link: Link, before: Mapping[str, Link | None]) -> Place:
+def _place(link: Link, before: Mapping[str, Link | None]) -> ChainPlace:
     known = None if link.is_anchor else before[link.content_id]
     if link.is_anchor or (known is None and link.previous is None):
-        return Place(is_anchor=link.is_anchor)
+        return ChainPlace(is_anchor=link.is_anchor)
     if known is None:
-        return Place(is_anchor=False, previous=link.previous)
+        return ChainPlace(is_anchor=False, previous=link.previous)
     first, seen = known, {link.content_id}
     while (ahead := before[first.content_id]) is not None and not first.is_anchor and first.content_id not in seen:
         seen.add(first.content_id)
         first = ahead
     begins = first.is_anchor or first.previous is None
-    return Place(
+    return ChainPlace(
         is_anchor=False,
         previous=known.content_id,
         file=known.path.name,

@@ -130,7 +130,7 @@ def verify_files(
     wanted = replace(wanted, content_ids=parse_content_ids(wanted.content_ids))
     together = files if wanted.base is not None and len(files) > 1 else ()
     with contextlib.closing(BaseChecks(together, partial(_open_base, wanted.base), workers=workers)) as bases:
-        run = _Run(
+        run = _VerifyRun(
             wanted=wanted, bases=bases, open_file=open_file, progress=progress, workers=workers, keep_going=keep_going
         )
         verdicts = tuple(_verdict(file, run) for file in files)
@@ -156,7 +156,7 @@ def _gravest(statuses: Iterator[Status]) -> Status:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
+class _VerifyRun:
     """What is the same for all files. bases: the checks of their base."""
 
     wanted: Wanted
@@ -167,7 +167,7 @@ class _Run:
     keep_going: bool
 
 
-def _verdict(file: str, run: _Run) -> FileVerdict:
+def _verdict(file: str, run: _VerifyRun) -> FileVerdict:
     checks: list[Check] = []
     content_id, size = None, None
     unchecked: tuple[str, ...] = ()
@@ -204,7 +204,7 @@ def _unchecked(path: Path, delta: pxd.DeltaFile, wanted: Wanted) -> tuple[str, .
     )
 
 
-def _checks(path: Path, delta: pxd.DeltaFile, run: _Run) -> Iterator[tuple[str, Callable[[], str | None]]]:
+def _checks(path: Path, delta: pxd.DeltaFile, run: _VerifyRun) -> Iterator[tuple[str, Callable[[], str | None]]]:
     """The name and action of each check, in order; an action returns a text, or raises."""
     wanted, progress, workers = run.wanted, run.progress, run.workers
     followed: list[Path] = []

@@ -1,8 +1,10 @@
-"""A concept has one name: a function's parameter is an argument or an option of its verb under the same name."""
+"""A concept has one name, and a name one concept: parameters are options of the same name, classes share no name."""
 
 from __future__ import annotations
 
+import ast
 import inspect
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Final
 
@@ -11,6 +13,7 @@ import pytest
 
 import peraxis
 from peraxis_tools.cli import VERBS, cli
+from tests.test_architecture import module_of, sources
 
 FUNCTIONS: Final = {verb: verb for verb in VERBS if verb in peraxis.__all__} | {"eval": "evaluate"}
 # Parameters of any function that are no options of the verb, and why.
@@ -69,3 +72,12 @@ def test_a_concept_has_the_same_name_in_all_verbs(verb: str) -> None:
     for name in ("path", "paths", "folder", "file", "key"):
         if verb in FUNCTIONS:
             assert name not in parameters_of(verb)
+
+
+def test_the_name_of_a_class_stands_for_one_class() -> None:
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sources("peraxis", "peraxis_format", "peraxis_tools"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found[node.name].append(module_of(path))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}

@@ -20,11 +20,11 @@ from torch import Tensor
 from peraxis_format.errors import DeviceError
 from peraxis_format.torch.place.shards import Placement
 
-__all__ = ["Counters", "CudaDevice", "Device", "HostDevice", "current_device", "device_of", "require_triton"]
+__all__ = ["UploadCounters", "CudaDevice", "Device", "HostDevice", "current_device", "device_of", "require_triton"]
 
 
 @dataclass(slots=True)
-class Counters:
+class UploadCounters:
     """The copies from host to device since the last reset, and their bytes."""
 
     uploads: int = 0
@@ -40,7 +40,7 @@ class Counters:
 class Device(Protocol):
     """Buffers, asynchronous copies, and their order with compute."""
 
-    counters: Counters
+    counters: UploadCounters
     torch_device: torch.device
     staged: bool
     """Whether the host has to copy device memory to read it."""
@@ -81,7 +81,7 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _count(counters: Counters, source: Tensor, modules: tuple[str, ...]) -> None:
+def _count(counters: UploadCounters, source: Tensor, modules: tuple[str, ...]) -> None:
     counters.uploads += 1
     counters.uploaded_bytes += source.numel()
     for name in modules:
@@ -99,7 +99,7 @@ class HostDevice:
     """The host as its own device."""
 
     def __init__(self) -> None:
-        self.counters = Counters()
+        self.counters = UploadCounters()
         self.torch_device = torch.device("cpu")
         self.staged = False
 
@@ -152,7 +152,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
             raise DeviceError(f"{device}: torch finds no CUDA device here; use a model on the CPU")
-        self.counters = Counters()
+        self.counters = UploadCounters()
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.staged = True
         self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call, unused-ignore]

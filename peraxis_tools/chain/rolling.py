@@ -24,7 +24,7 @@ _AHEAD_BYTES: Final = 512 << 20
 _BYTES_IN_FLIGHT_PER_TENSOR: Final = 3  # times its own bytes: the old one, its update, and the new one
 
 
-class _Tensor:
+class _TensorState:
     """A tensor of a state: its digest, and its weights, which are read when an update needs them."""
 
     def __init__(self, digest: str, read: Callable[[], pxd.Array]) -> None:
@@ -39,7 +39,7 @@ class _Tensor:
         return self._array
 
 
-_State = dict[str, _Tensor]
+_State = dict[str, _TensorState]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -118,7 +118,7 @@ def _walk(
     places: Mapping[int, Mapping[str, int]],
 ) -> Iterator[_Failure]:
     """Yield the failures of these tensors. The state of a node is dropped when those that follow it are done."""
-    begin = {name: _Tensor(digests[name], partial(base.read, name)) for name in names if name in digests}
+    begin = {name: _TensorState(digests[name], partial(base.read, name)) for name in names if name in digests}
     ahead: list[tuple[Node, _State]] = [(root, begin) for root in reversed(roots)]
     while ahead:
         node, before = ahead.pop()
@@ -141,7 +141,7 @@ def _walk(
             ahead += [(child, state) for child in node.children]
 
 
-def _after(node: Node, name: str, state: _State) -> _Tensor | None:
+def _after(node: Node, name: str, state: _State) -> _TensorState | None:
     """Check a tensor's base and its result. Returns the new one, if an update may need it. Raises E404, E405."""
     entry = node.file.entry(name)
     before = None if entry.base is None else state[name]
@@ -154,7 +154,7 @@ def _after(node: Node, name: str, state: _State) -> _Tensor | None:
         changes = before is not None and entry.encoding is not pxd.Encoding.FULL
         array = pxd.reconstruct(node.file.load(name), before.array if before is not None and changes else None)
         digest = (entry.result or pxd.digest_of(array)) if node.children else ""
-        return _Tensor(digest, lambda: array)
+        return _TensorState(digest, lambda: array)
 
 
 def _tied_together(nodes: Sequence[Node]) -> list[tuple[str, ...]]:

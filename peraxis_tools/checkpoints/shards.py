@@ -14,7 +14,7 @@ from typing import BinaryIO, Final
 
 from peraxis_format import INDEX_NAME, SINGLE_NAME, Array, DType, raw_bytes
 
-__all__ = ["SHARD_BYTES", "Shard", "TensorSpec", "plan_shards", "shard_header", "write_index", "write_tensor"]
+__all__ = ["SHARD_BYTES", "ShardFile", "TensorSpec", "plan_shards", "shard_header", "write_index", "write_tensor"]
 
 SHARD_BYTES: Final = 5_000_000_000  # the default of save_pretrained
 
@@ -34,14 +34,14 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardFile:
     """One file and its tensors, in file order."""
 
     file_name: str
     tensors: tuple[TensorSpec, ...]
 
 
-def plan_shards(tensors: Iterable[TensorSpec], *, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+def plan_shards(tensors: Iterable[TensorSpec], *, shard_bytes: int = SHARD_BYTES) -> list[ShardFile]:
     """Fill shards in order up to shard_bytes each; a larger tensor gets its own shard."""
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
@@ -52,8 +52,10 @@ def plan_shards(tensors: Iterable[TensorSpec], *, shard_bytes: int = SHARD_BYTES
         groups[-1].append(tensor)
         filled += tensor.size
     if len(groups) == 1:
-        return [Shard(SINGLE_NAME, tuple(groups[0]))]
-    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
+        return [ShardFile(SINGLE_NAME, tuple(groups[0]))]
+    return [
+        ShardFile(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
+    ]
 
 
 def shard_header(tensors: Iterable[TensorSpec]) -> bytes:
@@ -79,7 +81,7 @@ def write_tensor(file: BinaryIO, spec: TensorSpec, array: Array) -> None:
     file.write(raw_bytes(array))
 
 
-def write_index(folder: Path, shards: list[Shard]) -> None:
+def write_index(folder: Path, shards: list[ShardFile]) -> None:
     """Write the index of several shards, as save_pretrained does; one file has no index."""
     if len(shards) == 1:
         return

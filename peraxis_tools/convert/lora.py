@@ -27,7 +27,7 @@ from peraxis_tools.checkpoints.tensor_files import save_tensors
 from peraxis_tools.convert.experts import ExpertFactors, fused_factors, wrapper_keys
 from peraxis_tools.convert.lowrank import DenseRows, ExactRows, low_rank, whole_spectrum
 from peraxis_tools.convert.routes import Route, RouteKind, routes_of
-from peraxis_tools.convert.targets import LayerKind, Place, targets_of
+from peraxis_tools.convert.targets import LayerKind, ParameterPlace, targets_of
 from peraxis_tools.deltas.factors import module_sum
 from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.rebuild import rebuild
@@ -95,7 +95,7 @@ class _Adapter:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
-    experts: dict[Place, list[ExpertFactors]] = field(default_factory=dict)
+    experts: dict[ParameterPlace, list[ExpertFactors]] = field(default_factory=dict)
     kinds: set[LayerKind] = field(default_factory=set)
     modules: list[LoraModule] = field(default_factory=list)
     whole: list[str] = field(default_factory=list)
@@ -263,7 +263,7 @@ def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
 def _decompose(
     adapter: _Adapter,
     entry: pxd.ModuleEntry,
-    place: Place,
+    place: ParameterPlace,
     terms: DenseRows,
     rank: int | None,
     max_error: float | None,

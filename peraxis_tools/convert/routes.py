@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.convert.targets import LayerKind, Place, Targets
+from peraxis_tools.convert.targets import LayerKind, ParameterPlace, Targets
 
 __all__ = ["Route", "RouteKind", "routes_of"]
 
@@ -33,7 +33,7 @@ class Route:
     """place: None if the model has none. reason: why it is left out. parts: a whole layer's (parameter, name)."""
 
     kind: RouteKind
-    place: Place | None = None
+    place: ParameterPlace | None = None
     reason: str = ""
     parts: tuple[tuple[str, str], ...] = ()
 
@@ -62,7 +62,7 @@ def routes_of(entries: Mapping[str, pxd.ModuleEntry], targets: Targets, base: Co
     return {name: _unambiguous(route, layers) for name, route in routes.items()}
 
 
-def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
+def _alone(entry: pxd.ModuleEntry, place: ParameterPlace | None) -> Route:
     """The route of a module without regard to the others."""
 
     def leave(reason: str) -> Route:
@@ -100,7 +100,7 @@ def _alone(entry: pxd.ModuleEntry, place: Place | None) -> Route:
 
 
 def _whole(
-    place: Place,
+    place: ParameterPlace,
     routes: Mapping[str, Route],
     entries: Mapping[str, pxd.ModuleEntry],
     names: Mapping[tuple[str, str], str],

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 
-__all__ = ["LayerKind", "Place", "Targets", "targets_by_model", "targets_by_name", "targets_of"]
+__all__ = ["LayerKind", "ParameterPlace", "Targets", "targets_by_model", "targets_by_name", "targets_of"]
 
 
 _LAYERS: Final = re.compile(r"(num_)?(n|hidden|encoder|decoder)_?layers?|num_layers|depth")
@@ -47,7 +47,7 @@ class LayerKind(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ParameterPlace:
     """A parameter in a model: layer.parameter. siblings: the layer's state; empty: unknown.
 
     lost: the name that transformers would give the layer when PEFT loads it, if the model has no such layer.
@@ -74,7 +74,7 @@ class Targets:
     modules: the names of all modules of the model, if they are known.
     """
 
-    places: Mapping[str, Place]
+    places: Mapping[str, ParameterPlace]
     task: str | None
     modules: frozenset[str] = frozenset()
 
@@ -117,7 +117,7 @@ def targets_by_name(shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str]) 
     for name, shape in shapes.items():
         layer, _, parameter = name.rpartition(".")
         embedding = kind_of(name, shape) == "embedding"
-        places[name] = Place(
+        places[name] = ParameterPlace(
             layer=layer,
             parameter=parameter,
             kind=LayerKind.EMBEDDING if embedding else LayerKind.LINEAR if len(shape) == 2 else LayerKind.OTHER,
@@ -186,7 +186,7 @@ def _loaded_name(layer: str, renamings: Iterable[Any]) -> str:
     return key.removesuffix(".lora_A.weight")
 
 
-def _expert_place(model: nn.Module, place: Place, found: ParameterSlice) -> Place | None:
+def _expert_place(model: nn.Module, place: ParameterPlace, found: ParameterSlice) -> ParameterPlace | None:
     """The place of one expert's rows; None if PEFT orders the parameter otherwise ([E, I, O])."""
     module = model.get_submodule(place.layer)
     stack = tuple(model.get_parameter(found.parameter).shape)
@@ -304,10 +304,10 @@ def _class_name(model: nn.Module, layer: str, module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _place(model: nn.Module, name: str, *, tied: bool) -> Place:
+def _place(model: nn.Module, name: str, *, tied: bool) -> ParameterPlace:
     layer, _, parameter = name.rpartition(".")
     module = model.get_submodule(layer)
-    return Place(
+    return ParameterPlace(
         layer=layer,
         parameter=parameter,
         kind=_kind(model, layer, module),

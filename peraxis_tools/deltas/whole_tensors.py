@@ -15,7 +15,7 @@ __all__ = ["SAVING_MIN", "full_bytes", "note_whole"]
 SAVING_MIN: Final = 1.25  # the checkpoint's bytes divided by the file's, from which on a file saves enough
 
 
-class _Tensor(Protocol):
+class _SizedTensor(Protocol):
     @property
     def dtype(self) -> pxd.DType: ...
 
@@ -23,7 +23,7 @@ class _Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def full_bytes(modules: Iterable[_Tensor]) -> int:
+def full_bytes(modules: Iterable[_SizedTensor]) -> int:
     """The bytes of these modules in the fine-tuned checkpoint; tied tensors, which are one module, count once."""
     return sum(module.dtype.size_of(module.shape) for module in modules)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.kinds import axes_text, group_of
 from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
-from peraxis_tools.diff.packed import InnerProducts, Packed, inner_products, magnitude, square
+from peraxis_tools.diff.packed import InnerProducts, PackedComponent, inner_products, magnitude, square
 from peraxis_tools.diff.result import NEEDS_BASE, ModuleDiff, relative_distance
 from peraxis_tools.diff.stream import checked_blocks, packed_components
 
@@ -165,7 +165,7 @@ def _module(file: pxd.DeltaFile, name: str) -> pxd.ModuleDelta:
     return file.load(name) if file.payload_bytes(name) <= _SMALL else file[name]
 
 
-def _scale(a: Sequence[Packed], b: Sequence[Packed]) -> float | None:
+def _scale(a: Sequence[PackedComponent], b: Sequence[PackedComponent]) -> float | None:
     before, after = (magnitude(parts[0]) if parts else 0.0 for parts in (a, b))
     return after / before if before > 0.0 and b else None
 

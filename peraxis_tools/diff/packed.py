@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.ops.mask_compare import Columns, differing
 
-__all__ = ["Block", "InnerProducts", "Packed", "inner_products", "magnitude", "pack", "row_step", "square"]
+__all__ = ["Block", "InnerProducts", "PackedComponent", "inner_products", "magnitude", "pack", "row_step", "square"]
 
 # Rows of two masks: U8 [rows, ceil(d_in/8)] each.
 Block: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.uint8]]
@@ -36,7 +36,7 @@ _BLOCK_BYTES: Final = 1 << 19  # bytes of one mask at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
+class PackedComponent:
     """One component whose mask is read by rows. rows: those of the whole batch; [..., d_out, d_in] has batch * d_out.
 
     row: binary64 [batch, d_out], with 2^e folded in. col: binary64 [batch, d_in], None if it is all ones.
@@ -72,11 +72,11 @@ def pack(
     scales: Mapping[str, NDArray[np.float16]],
     covered: tuple[int, ...],
     mask: Callable[[int, int], NDArray[np.uint8]],
-) -> Packed:
+) -> PackedComponent:
     """A component [..., d_out, d_in] for the sums below. scales: those of `row`, `col`, `scalar` that its axis has."""
     row, col = pxd.scale_factors(exponent, scales, covered)
     wide = None if col is None else col.astype(np.float64)
-    return Packed(d_in=covered[-1], row=row.astype(np.float64), col=wide, mask=mask)
+    return PackedComponent(d_in=covered[-1], row=row.astype(np.float64), col=wide, mask=mask)
 
 
 def row_step(d_in: int) -> int:
@@ -84,14 +84,14 @@ def row_step(d_in: int) -> int:
     return max(1, _BLOCK_BYTES // pxd.mask_width(d_in))
 
 
-def _read_blocks(a: Packed, b: Packed) -> Iterator[Block]:
+def _read_blocks(a: PackedComponent, b: PackedComponent) -> Iterator[Block]:
     step = row_step(a.d_in)
     for begin in range(0, a.row.size, step):
         end = min(begin + step, a.row.size)
         yield a.mask(begin, end), b.mask(begin, end)
 
 
-def _inner(a: Packed, b: Packed, blocks: Iterable[Block] | None = None) -> tuple[float, int]:
+def _inner(a: PackedComponent, b: PackedComponent, blocks: Iterable[Block] | None = None) -> tuple[float, int]:
     """<A_k, B_l> and the number of weights whose signs differ. blocks: all rows of both masks, in order."""
     d_in, (_, d_out) = a.d_in, a.row.shape
     rows = (a.row * b.row).reshape(-1)
@@ -134,18 +134,20 @@ def _split(first: int, count: int, d_out: int) -> Iterator[_Part]:
         begin = end
 
 
-def _own_square(a: Packed) -> float:
+def _own_square(a: PackedComponent) -> float:
     columns = np.full(a.row.shape[0], float(a.d_in)) if a.col is None else np.square(a.col).sum(axis=1)
     return float(np.square(a.row).sum(axis=1) @ columns)
 
 
-def square(components: Sequence[Packed]) -> float:
+def square(components: Sequence[PackedComponent]) -> float:
     """||A||^2 of a sum of components; for a single one, from its scales alone."""
     own = math.fsum(_own_square(component) for component in components)
     return own + 2.0 * math.fsum(_inner(a, b)[0] for a, b in itertools.combinations(components, 2))
 
 
-def inner_products(a: Sequence[Packed], b: Sequence[Packed], blocks: Iterable[Block] | None = None) -> InnerProducts:
+def inner_products(
+    a: Sequence[PackedComponent], b: Sequence[PackedComponent], blocks: Iterable[Block] | None = None
+) -> InnerProducts:
     """The inner products of two sums of components over the same covered shape.
 
     blocks: the rows of both masks, if each side has one component and the caller reads them.
@@ -159,7 +161,7 @@ def inner_products(a: Sequence[Packed], b: Sequence[Packed], blocks: Iterable[Bl
     )
 
 
-def magnitude(component: Packed) -> float:
+def magnitude(component: PackedComponent) -> float:
     """The mean of |term| over the weights: mean(row) * mean(col) * 2^e, over the batch."""
     columns = 1.0 if component.col is None else component.col.mean(axis=1)
     return float(np.mean(component.row.mean(axis=1) * columns))

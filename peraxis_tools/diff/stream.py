@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
-from peraxis_tools.diff.packed import Block, Packed, pack, row_step
+from peraxis_tools.diff.packed import Block, PackedComponent, pack, row_step
 
 __all__ = ["checked_blocks", "packed_components"]
 
 
-def packed_components(file: pxd.DeltaFile, name: str) -> list[Packed]:
+def packed_components(file: pxd.DeltaFile, name: str) -> list[PackedComponent]:
     """A module's components, whose masks are read from the file on demand; empty if it is not `sign`.
 
     Digests are not checked here.

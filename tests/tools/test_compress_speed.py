@@ -15,7 +15,7 @@ from peraxis_tools.compress import compress
 from peraxis_tools.compress.calibration.generate import draw_tokens
 from peraxis_tools.compress.calibration.parts import pieces_of
 from peraxis_tools.compress.fit.gram import add_gram
-from peraxis_tools.compress.fit.moments.collector import Batch, TextBatches
+from peraxis_tools.compress.fit.moments.collector import TextBatches, TokenBatch
 from peraxis_tools.compress.fit.scales import fit_scales, start_component
 from peraxis_tools.compress.fit.signs import inverse_factor
 from peraxis_tools.process import products
@@ -128,7 +128,7 @@ def test_a_long_start_has_a_longer_piece() -> None:
 
 
 def test_a_part_of_a_text_is_of_all_kinds_and_large_enough() -> None:
-    batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
+    batches = [TokenBatch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
     text = TextBatches(every=batches, places=range(10))
     part = text.enough_for(80)  # 320 of 640 tokens
     assert [batch.validation for batch in part.batches] == [False] * 3 + [True] * 2
@@ -139,7 +139,7 @@ def test_a_part_of_a_text_is_of_all_kinds_and_large_enough() -> None:
 @pytest.mark.parametrize("width", [1, 40, 1000])
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_processes_read_the_part_of_a_text_that_one_would(width: int, count: int) -> None:
-    batches = [Batch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
+    batches = [TokenBatch(torch.zeros(4, 16, dtype=torch.int64), i >= 6) for i in range(10)]
     whole = TextBatches(every=batches, places=range(10)).enough_for(width)
     parts = [TextBatches(every=batches, places=range(rank, 10, count)).enough_for(width) for rank in range(count)]
     assert sorted(i for part in parts if not part.idle for i in part.places) == list(whole.places)

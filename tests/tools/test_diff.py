@@ -20,7 +20,7 @@ from peraxis_tools.checkpoints.kinds import axes_text
 from peraxis_tools.commands.diff import command
 from peraxis_tools.deltas.rows import delta_rows, restrict, row_blocks
 from peraxis_tools.diff import ModuleDiff, diff, diff_checkpoint, packed
-from peraxis_tools.diff.packed import Packed, inner_products, pack, square
+from peraxis_tools.diff.packed import PackedComponent, inner_products, pack, square
 from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.ops.mask_compare import Columns, differing
 from tests.factories import base_ref, random_storage, sign_module, write_checkpoint, write_delta
@@ -30,7 +30,7 @@ AXES = st.lists(st.sampled_from(list(pxd.Axis)), min_size=1, max_size=3).map(tup
 SHAPES = st.sampled_from([(3, 5), (8, 64), (17, 72), (2, 4, 9), (3, 6, 128), (1, 8)])
 
 
-def packed_module(module: pxd.ModuleDelta) -> list[Packed]:
+def packed_module(module: pxd.ModuleDelta) -> list[PackedComponent]:
     """Return the components of a module in memory, for the sums of diff/packed.py."""
 
     def rows(mask):

@@ -21,7 +21,7 @@ from peraxis_format.engines.vllm.bridge import Scratch, many_rows
 from peraxis_format.engines.vllm.names import LinearBase, VocabParallelEmbedding, all_reduce
 from peraxis_format.engines.vllm.patches import (
     LayerPatch,
-    Patch,
+    RankPatch,
     add_components,
     embedded,
     merged_linear,
@@ -29,11 +29,11 @@ from peraxis_format.engines.vllm.patches import (
 )
 from peraxis_format.errors import LiveModelError
 
-__all__ = ["LayerState", "Variant", "wrap_layers"]
+__all__ = ["LayerState", "RankVariant", "wrap_layers"]
 
 
 @dataclass(slots=True, eq=False)
-class Variant:
+class RankVariant:
     """One variant on this rank: its patches of each layer, in the memory of the model's device."""
 
     name: str
@@ -46,7 +46,7 @@ class Variant:
         patches = {id(p): p for layer in self.layers.values() for of in layer.values() for p in of}
         return sum(patch.nbytes for patch in patches.values())
 
-    def of(self, layer: nn.Module, parameter: str) -> Sequence[Patch]:
+    def of(self, layer: nn.Module, parameter: str) -> Sequence[RankPatch]:
         """The patches of a layer's parameter; empty if the variant does not change it."""
         return self.layers.get(layer, {}).get(parameter, ())
 
@@ -55,7 +55,7 @@ class Variant:
 class LayerState:
     """The state that all wrapped layers share. exact: multiply with rebuilt weights for any number of rows."""
 
-    rows: StepRows[Variant]
+    rows: StepRows[RankVariant]
     exact: bool = False
     scratch: Scratch = field(default_factory=Scratch)
 
@@ -96,7 +96,12 @@ class _Method:
         return self._mixed(layer, flat, bias, groups, members).reshape(*x.shape[:-1], -1)
 
     def _mixed(
-        self, layer: Any, x: Tensor, bias: Tensor | None, groups: Groups[Variant], members: list[tuple[Variant, Any]]
+        self,
+        layer: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        groups: Groups[RankVariant],
+        members: list[tuple[RankVariant, Any]],
     ) -> Tensor:
         weight = layer.weight.detach()
         many = 1 if self._state.exact else many_rows(weight)
@@ -118,7 +123,7 @@ class _Method:
             add_components(y, x, few)
         return y
 
-    def _merged(self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, variant: Variant) -> Tensor:
+    def _merged(self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, variant: RankVariant) -> Tensor:
         own = bias if bias is None else merged_parameter(bias, variant.of(layer, "bias"))
         patches = variant.of(layer, "weight")
         if not patches:
@@ -177,7 +182,7 @@ class _RowsForward:
         return out
 
     @contextmanager
-    def _parameters(self, variant: Variant) -> Iterator[None]:
+    def _parameters(self, variant: RankVariant) -> Iterator[None]:
         """Within the block the layer's parameters are the variant's."""
         held = {}
         for name, patches in variant.layers[self._module].items():

@@ -26,11 +26,11 @@ from peraxis_format.engines.vllm.bridge import (
 )
 from peraxis_format.engines.vllm.held import HeldComponent
 
-__all__ = ["LayerPatch", "Patch", "add_components", "embedded", "merged_linear", "merged_parameter", "patch_of"]
+__all__ = ["LayerPatch", "RankPatch", "add_components", "embedded", "merged_linear", "merged_parameter", "patch_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Patch:
+class RankPatch:
     """Rows [begin, end) of a parameter on this rank: components, or the exact tensor."""
 
     begin: int
@@ -48,27 +48,27 @@ class Patch:
         """The bytes in memory."""
         return sum(component.nbytes for component in self.held) + (0 if self.full is None else self.full.nbytes)
 
-    def to(self, device: torch.device) -> Patch:
+    def to(self, device: torch.device) -> RankPatch:
         """The patch on this device."""
         held = tuple(component.to(device) for component in self.held)
-        return Patch(self.begin, self.end, held, None if self.full is None else self.full.to(device))
+        return RankPatch(self.begin, self.end, held, None if self.full is None else self.full.to(device))
 
 
-LayerPatch = Mapping[str, Sequence[Patch]]
+LayerPatch = Mapping[str, Sequence[RankPatch]]
 """Parameter -> the patches of one variant, in the order of their rows."""
 
 
-def patch_of(module: ModuleDelta, box: Sequence[tuple[int, int]], rows: tuple[int, int]) -> Patch:
+def patch_of(module: ModuleDelta, box: Sequence[tuple[int, int]], rows: tuple[int, int]) -> RankPatch:
     """The patch for a box of a matrix or of an exact tensor (this rank's piece), as a copy. rows: those of the live
     parameter.
     """
     if module.full is not None:
         index = tuple(slice(begin, end) for begin, end in box)
-        return Patch(*rows, full=full_tensor(module)[index].clone())
-    return Patch(*rows, held=tuple(HeldComponent.of(each, box, module.shape[-1]) for each in module.components))
+        return RankPatch(*rows, full=full_tensor(module)[index].clone())
+    return RankPatch(*rows, held=tuple(HeldComponent.of(each, box, module.shape[-1]) for each in module.components))
 
 
-def add_components(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, Sequence[Patch]]]) -> None:
+def add_components(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, Sequence[RankPatch]]]) -> None:
     """y[rows] += x[rows] times the components of each group. x: [rows, d_in]; y: [rows, d_out], rounded once."""
     totals, products = [], []
     for rows, patches in groups:
@@ -81,13 +81,15 @@ def add_components(y: Tensor, x: Tensor, groups: Sequence[tuple[Tensor | slice, 
         y[rows] = total.add_(y[rows]).to(y.dtype)
 
 
-def merged_linear(x: Tensor, weight: Tensor, patches: Sequence[Patch], bias: Tensor | None, scratch: Scratch) -> Tensor:
+def merged_linear(
+    x: Tensor, weight: Tensor, patches: Sequence[RankPatch], bias: Tensor | None, scratch: Scratch
+) -> Tensor:
     """x times the merged weights. x: [rows, d_in]. Returns [rows, weight's rows], in x's dtype."""
     merged = merged_rows(weight, patches, scratch)
     return functional.linear(x, merged, bias)
 
 
-def merged_rows(weight: Tensor, patches: Sequence[Patch], scratch: Scratch) -> Tensor:
+def merged_rows(weight: Tensor, patches: Sequence[RankPatch], scratch: Scratch) -> Tensor:
     """The merged weight [d_out, d_in]; on the CPU it is a buffer that the next call overwrites."""
     whole = len(patches) == 1 and patches[0].full is not None and len(patches[0].full) == len(weight)
     if whole and patches[0].full is not None:
@@ -104,7 +106,7 @@ def merged_rows(weight: Tensor, patches: Sequence[Patch], scratch: Scratch) -> T
     return out
 
 
-def merged_parameter(tensor: Tensor, patches: Sequence[Patch]) -> Tensor:
+def merged_parameter(tensor: Tensor, patches: Sequence[RankPatch]) -> Tensor:
     """A small parameter (a norm's weight, a bias) with its patches, as a new tensor."""
     out = tensor.detach().clone()
     for patch in patches:
@@ -115,7 +117,7 @@ def merged_parameter(tensor: Tensor, patches: Sequence[Patch]) -> Tensor:
     return out
 
 
-def embedded(ids: Tensor, weight: Tensor, patches: Sequence[Patch]) -> Tensor:
+def embedded(ids: Tensor, weight: Tensor, patches: Sequence[RankPatch]) -> Tensor:
     """Rows of the merged table. ids: int64 [rows], indices into this rank's rows. Returns [rows, width]."""
     unique, inverse = torch.unique(ids, return_inverse=True)
     return patched_rows(weight, unique, patches)[inverse]

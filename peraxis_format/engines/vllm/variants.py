@@ -24,16 +24,16 @@ from torch import nn
 from peraxis_format.delta import Encoding
 from peraxis_format.engines.vllm.bridge import Placement, check_base, check_pads, claim, place, release, together
 from peraxis_format.engines.vllm.kept import KeptFile
-from peraxis_format.engines.vllm.layers import Variant
+from peraxis_format.engines.vllm.layers import RankVariant
 from peraxis_format.engines.vllm.layout import placed_tensors, plain_tensors, refuse_uncovered, views
 from peraxis_format.engines.vllm.loader import check_assets
 from peraxis_format.engines.vllm.names import LinearBase, VocabParallelEmbedding, tensor_group
-from peraxis_format.engines.vllm.patches import LayerPatch, Patch, patch_of
+from peraxis_format.engines.vllm.patches import LayerPatch, RankPatch, patch_of
 from peraxis_format.engines.vllm.source import open_delta, shown
 from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.reader import DeltaFile
 
-__all__ = ["Counters", "VariantStore"]
+__all__ = ["StoreCounters", "VariantStore"]
 
 T = TypeVar("T")
 _FILES: Final = 256
@@ -41,7 +41,7 @@ _CLAIMED: Final = "variants are served over these weights; swap the model in ano
 
 
 @dataclass(slots=True)
-class Counters:
+class StoreCounters:
     """The number of reads of variants from their files, and of evictions."""
 
     reads: int = 0
@@ -63,10 +63,10 @@ class VariantStore:
     checks_assets: bool = True
     caches_prefixes: bool = True
     files: int = _FILES
-    counters: Counters = field(default_factory=Counters)
+    counters: StoreCounters = field(default_factory=StoreCounters)
     _files: OrderedDict[int, tuple[str, KeptFile]] = field(default_factory=OrderedDict)
-    _host: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
-    _resident: OrderedDict[int, Variant] = field(default_factory=OrderedDict)
+    _host: OrderedDict[int, RankVariant] = field(default_factory=OrderedDict)
+    _resident: OrderedDict[int, RankVariant] = field(default_factory=OrderedDict)
     _pinned: set[int] = field(default_factory=set)
     _contents: dict[tuple[str, str], str] = field(default_factory=dict)  # name, source -> the content ID served
 
@@ -100,7 +100,7 @@ class VariantStore:
         self._forget()
         return True
 
-    def get(self, number: int) -> Variant:
+    def get(self, number: int) -> RankVariant:
         """A variant in device memory, now the most recently used. Raises PxdError, LiveModelError, OSError, on all
         ranks, if it was evicted and cannot be read again.
         """
@@ -113,7 +113,7 @@ class VariantStore:
         if variant is None:
             name, kept = self._files[number]
 
-            def read() -> Variant:
+            def read() -> RankVariant:
                 with kept.read() as file:
                     return self._read(name, file, None)
 
@@ -121,7 +121,7 @@ class VariantStore:
         self._keep(number, variant)
         return self._resident[number]
 
-    def step(self, numbers: Iterable[int]) -> tuple[dict[int, Variant], dict[int, Exception]]:
+    def step(self, numbers: Iterable[int]) -> tuple[dict[int, RankVariant], dict[int, Exception]]:
         """The variants of a step, all resident, and the errors of those that could not be read again.
 
         Raises LiveModelError if they are too many.
@@ -135,7 +135,7 @@ class VariantStore:
         for number in wanted:
             if number in self._resident:
                 self.get(number)
-        found: dict[int, Variant] = {}
+        found: dict[int, RankVariant] = {}
         failed: dict[int, Exception] = {}
         for number in wanted:
             try:
@@ -172,7 +172,7 @@ class VariantStore:
             self.remove(number)
         release(self)
 
-    def _keep(self, number: int, variant: Variant) -> None:
+    def _keep(self, number: int, variant: RankVariant) -> None:
         self._host[number] = variant
         self._host.move_to_end(number)
         self._resident[number] = variant if self.device.type == "cpu" else _moved(variant, self.device)
@@ -198,7 +198,7 @@ class VariantStore:
             if number not in self._pinned:
                 self.remove(number)
 
-    def _evict(self, kept: OrderedDict[int, Variant], most: int, newest: int) -> None:
+    def _evict(self, kept: OrderedDict[int, RankVariant], most: int, newest: int) -> None:
         for number in list(kept):
             if len(kept) <= most:
                 return
@@ -212,13 +212,13 @@ class VariantStore:
         with together(group, sharded=count > 1):
             return read()
 
-    def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> Variant:
+    def _read(self, name: str, file: DeltaFile, placement: Placement | None) -> RankVariant:
         """Read a file's payload for the layers, and check all digests. placement: None if the base was checked."""
         self.counters.reads += 1
         if placement is not None:
             check_pads(file)
         owners = _owners(self.model)
-        layers: dict[nn.Module, dict[str, list[Patch]]] = {}
+        layers: dict[nn.Module, dict[str, list[RankPatch]]] = {}
         for entry, pieces in placed_tensors(self.model, file.manifest).items():
             if entry not in file or file.entry(entry).encoding is Encoding.SAME:
                 continue
@@ -231,7 +231,7 @@ class VariantStore:
                 patch = patch_of(module, piece.box, piece.rows)
                 for layer, parameter in places:
                     layers.setdefault(layer, {}).setdefault(parameter, []).append(patch)
-        return Variant(name, file.content_id, layers)
+        return RankVariant(name, file.content_id, layers)
 
 
 def _refuse_exact(file: DeltaFile) -> None:
@@ -264,11 +264,11 @@ def _refuse_layer(layer: Any, parameter: str, name: str, dimensions: int) -> Non
         raise LiveModelError(f"{name}: {kind} cannot be mixed in one batch; serve this fine-tune with a live swap")
 
 
-def _moved(variant: Variant, device: torch.device) -> Variant:
-    moved: dict[int, Patch] = {}
+def _moved(variant: RankVariant, device: torch.device) -> RankVariant:
+    moved: dict[int, RankPatch] = {}
     layers: dict[nn.Module, LayerPatch] = {}
     for layer, parameters in variant.layers.items():
         layers[layer] = {
             name: [moved.setdefault(id(p), p.to(device)) for p in patches] for name, patches in parameters.items()
         }
-    return Variant(variant.name, variant.content_id, layers)
+    return RankVariant(variant.name, variant.content_id, layers)

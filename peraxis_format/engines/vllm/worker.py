@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peraxis_format.engines.vllm.batch import StepRows
 from peraxis_format.engines.vllm.bridge import agree
-from peraxis_format.engines.vllm.layers import LayerState, Variant, wrap_layers
+from peraxis_format.engines.vllm.layers import LayerState, RankVariant, wrap_layers
 from peraxis_format.engines.vllm.loader import assets_checked
 from peraxis_format.engines.vllm.names import adapter_not_found, caches_prefixes, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.permitted import Permitted
@@ -60,7 +60,7 @@ class VariantManager:
             raise LiveModelError(f"additional_config: peraxis has no option {min(options)!r}; use assets or exact")
         lora = vllm_config.lora_config
         self._permitted = Permitted.of_environment(any_name=True)  # without a root, vLLM's own rules hold
-        self._rows: StepRows[Variant] = StepRows(device)
+        self._rows: StepRows[RankVariant] = StepRows(device)
         self.store = VariantStore(
             model,
             vllm_config.model_config,

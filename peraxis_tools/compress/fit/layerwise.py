@@ -30,7 +30,7 @@ from peraxis_tools.checkpoints.parameter_names import NameMap, ParameterSlice
 from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import FitOptions, FittedMatrix
 from peraxis_tools.compress.fit.mean import mean_components
-from peraxis_tools.compress.fit.moments.collector import Batch, MomentsCollector, Side, TextBatches
+from peraxis_tools.compress.fit.moments.collector import MomentsCollector, Side, TextBatches, TokenBatch
 from peraxis_tools.compress.fit.moments.spill import SpilledTensors
 from peraxis_tools.compress.fit.moments.stages import Key, Stage
 from peraxis_tools.compress.fit.moments.sums import Statistics
@@ -62,7 +62,7 @@ class LayerwiseCalibration:
         teacher: LayerwiseModel,
         student: LayerwiseModel,
         names: NameMap,
-        batches: Sequence[Batch],
+        batches: Sequence[TokenBatch],
         crossed: bool,
         options: FitOptions,
         work: WorkFolder,

@@ -74,7 +74,7 @@ class CalibratedFit:
         self._options, self._progress, self._asked = options, progress, asked
         self._quiet = ExitStack()
         self._given: TextInputs | None = None
-        self._opened: _Run | None = None
+        self._opened: _CalibratedRun | None = None
 
     @property
     def writes(self) -> bool:
@@ -117,7 +117,7 @@ class CalibratedFit:
             metadata=metadata,
         )
 
-    def _run(self, plan: Plan) -> _Run:
+    def _run(self, plan: Plan) -> _CalibratedRun:
         if self._opened is None:
             self._given = self._given or text_inputs(self._fine_tuned, self._options)
             # Kept before the samples are generated, so that an interrupt removes the folder or says what it keeps.
@@ -153,7 +153,7 @@ class CalibratedFit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
+class _CalibratedRun:
     """The objects that all steps of a run share."""
 
     base: Checkpoint
@@ -193,7 +193,7 @@ def _open_run(
     output: Path,
     given: TextInputs,
     options: CompressOptions,
-) -> _Run:
+) -> _CalibratedRun:
     """Open name map and work folder."""
     device, config, text = given.device, given.config, given.samples
     processes = Processes(device)
@@ -206,7 +206,7 @@ def _open_run(
     is_main, threads = processes.is_main_process, torch.get_num_threads()
     work = WorkFolder(output, digest, resume=options.resume, threads=threads, is_main_process=is_main)
     processes.barrier()
-    return _Run(
+    return _CalibratedRun(
         base=base,
         fine_tuned=fine_tuned,
         plan=plan,
@@ -222,7 +222,7 @@ def _open_run(
     )
 
 
-def _with_generated(run: _Run, count: int, options: CompressOptions, progress: Staged) -> _Run:
+def _with_generated(run: _CalibratedRun, count: int, options: CompressOptions, progress: Staged) -> _CalibratedRun:
     """The run with samples that the fine-tuned model generates; they are saved in the work folder."""
     length = run.samples.ids.shape[1]
     ids = run.work.load_array("generated")
@@ -260,7 +260,7 @@ def _with_generated(run: _Run, count: int, options: CompressOptions, progress: S
     )
 
 
-def _sensitivities(run: _Run, options: CompressOptions, progress: Staged) -> Mapping[str, Sequence[float]]:
+def _sensitivities(run: _CalibratedRun, options: CompressOptions, progress: Staged) -> Mapping[str, Sequence[float]]:
     errors = run.work.load_text("sensitivity")
     if errors is None and run.processes.is_main_process:
         teacher, _ = run.models()
@@ -276,7 +276,7 @@ def _sensitivities(run: _Run, options: CompressOptions, progress: Staged) -> Map
     return errors if errors is not None else run.work.load_text("sensitivity") or {}
 
 
-def _layerwise(run: _Run, options: CompressOptions, progress: Staged) -> Mapping[str, FittedModule]:
+def _layerwise(run: _CalibratedRun, options: CompressOptions, progress: Staged) -> Mapping[str, FittedModule]:
     teacher, student = run.models()
     text = halves(run.parts, crossed=options.resolved_fit != "adamw")
     return LayerwiseCalibration(
@@ -297,7 +297,7 @@ def _layerwise(run: _Run, options: CompressOptions, progress: Staged) -> Mapping
 
 
 def _distilled(
-    run: _Run,
+    run: _CalibratedRun,
     modules: Mapping[str, FittedModule],
     options: CompressOptions,
     progress: Staged,

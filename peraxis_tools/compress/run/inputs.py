@@ -17,7 +17,7 @@ from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.checkpoints.environment import check_causal, load_config, load_tokenizer, resolve_device
 from peraxis_tools.checkpoints.vocabulary import check_ids
 from peraxis_tools.compress.calibration.parts import calibrating
-from peraxis_tools.compress.fit.moments.collector import Batch
+from peraxis_tools.compress.fit.moments.collector import TokenBatch
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES
 from peraxis_tools.compress.plan.plan import Plan
@@ -81,13 +81,13 @@ def read_samples(options: CompressOptions, tokenizer: Any, *, asked: bool = Fals
     )
 
 
-def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[Batch]:
+def batches_of(fit: Ids, validation: Ids, size: int, device: torch.device) -> list[TokenBatch]:
     """The batches: those of the fit first, then the held-out ones."""
     batches = []
     for ids, validates in ((fit, False), (validation, True)):
         for start in range(0, len(ids), size):
             part = np.ascontiguousarray(ids[start : start + size])
-            batches.append(Batch(torch.from_numpy(part).to(device), validates))
+            batches.append(TokenBatch(torch.from_numpy(part).to(device), validates))
     return batches
 
 

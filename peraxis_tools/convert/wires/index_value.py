@@ -16,10 +16,10 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.shards import TensorSpec, shard_header, write_tensor
-from peraxis_tools.convert.wires.patch import Patch, changed_words, checked_index, words_of
+from peraxis_tools.convert.wires.change import TensorChange, changed_words, checked_index, words_of
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["IndexValueFile", "Packed", "is_index_value", "pack", "write"]
+__all__ = ["IndexValueFile", "IndexValueTensor", "is_index_value", "pack", "write"]
 
 _INDICES, _VALUES = ".indices", ".values"
 _INT32: Final = 2**31
@@ -50,7 +50,7 @@ class IndexValueFile:
         """The tensors that it changes."""
         return self._names
 
-    def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
+    def change(self, name: str, info: pxd.TensorInfo) -> TensorChange:
         """See WireFile."""
         indices, values = self._tensors[name + _INDICES], self._tensors[name + _VALUES]
         where = f"{self._path}: {name}"
@@ -68,7 +68,7 @@ class IndexValueFile:
         order = checked_index(where, index, _size(info))
         if order is not None:
             index, words = index[order], words[order]
-        return Patch(index=index, words=words, is_xor=False)
+        return TensorChange(index=index, words=words, is_xor=False)
 
     def check(self, name: str, new: pxd.Array) -> None:
         """Do nothing, because the wire has no checksums."""
@@ -84,7 +84,7 @@ def _size(info: pxd.TensorInfo) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
+class IndexValueTensor:
     """One tensor's part of a wire. values: a storage array of its dtype."""
 
     name: str
@@ -93,16 +93,16 @@ class Packed:
     values: pxd.Array
 
 
-def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
+def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> IndexValueTensor:
     """Pack one changed tensor. Raises ToolError for a tensor that int32 cannot index."""
     if new.size > _INT32:
         raise ToolError(f"{name}: has {new.size} weights, too many for an int32 index; use another wire")
     index, _ = changed_words(old, new)
     values = new.reshape(-1)[index]
-    return Packed(name=name, dtype=dtype, indices=index.astype(pxd.DType.I32.storage), values=values)
+    return IndexValueTensor(name=name, dtype=dtype, indices=index.astype(pxd.DType.I32.storage), values=values)
 
 
-def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> int:
+def write(path: Path, packed: Sequence[IndexValueTensor], *, overwrite: bool) -> int:
     """Write the file. Returns its size in bytes."""
     specs = []
     for item in packed:

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.convert.torch_files import check_plain, load_plain
 from peraxis_tools.convert.wires import zstd
-from peraxis_tools.convert.wires.patch import Patch, changed_words, checked_index
+from peraxis_tools.convert.wires.change import TensorChange, changed_words, checked_index
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.process.optional import require
 
-__all__ = ["NemoFile", "Packed", "pack", "write"]
+__all__ = ["NemoFile", "NemoTensor", "pack", "write"]
 
 # Bytes of a payload, at most, for the bytes of a base: a value and a location of 4 bytes for each weight of 2 bytes. A
 # location has 8 bytes only in tensors beyond 2^32 weights.
@@ -62,7 +62,7 @@ class NemoFile:
         """The tensors that it changes."""
         return tuple(self._items)
 
-    def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
+    def change(self, name: str, info: pxd.TensorInfo) -> TensorChange:
         """See WireFile."""
         item, where = self._items[name], f"{self._path}: {name}"
         shape, dtype = item.get("shape"), _word(item, "dtype", where)
@@ -85,7 +85,7 @@ class NemoFile:
         order = checked_index(where, index, math.prod(info.shape))
         if order is not None:  # gaps that overflow
             raise ToolError(f"{where}: its locations do not ascend; write the wire again")
-        return Patch(index=index, words=words, is_xor=operation == "xor")
+        return TensorChange(index=index, words=words, is_xor=operation == "xor")
 
     def _values(self, item: Mapping[str, Any], dtype: pxd.DType, where: str) -> pxd.Array:
         group, begin, end = (_number(item, key, where) for key in _OFFSETS)
@@ -168,7 +168,7 @@ def _loaded(path: Path, *, limit: int) -> tuple[NDArray[np.uint8], list[pxd.Arra
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
+class NemoTensor:
     """One tensor's part of a payload."""
 
     name: str
@@ -178,15 +178,15 @@ class Packed:
     words: pxd.Array
 
 
-def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
+def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> NemoTensor:
     """Pack one changed tensor. Raises ToolError for one that is not BF16, F16 or F32."""
     if dtype not in _DTYPES:
         raise ToolError(f"{name}: is {dtype.value}, which nemo-rl does not send; use the wire xor")
     index, words = changed_words(old, new)
-    return Packed(name=name, dtype=dtype, shape=new.shape, index=index, words=words)
+    return NemoTensor(name=name, dtype=dtype, shape=new.shape, index=index, words=words)
 
 
-def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> int:
+def write(path: Path, packed: Sequence[NemoTensor], *, overwrite: bool) -> int:
     """Write the payload. Returns its size in bytes. Raises MissingPackageError."""
     require("a payload of nemo-rl", "torch")
     import torch
@@ -218,7 +218,7 @@ def write(path: Path, packed: Sequence[Packed], *, overwrite: bool) -> int:
     return len(data)
 
 
-def _entry(item: Packed, at: int) -> tuple[dict[str, Any], bytes]:
+def _entry(item: NemoTensor, at: int) -> tuple[dict[str, Any], bytes]:
     """A tensor's metadata without its values, and its gaps. at: bytes of locations before it."""
     entry: dict[str, Any] = {
         "name": item.name,

@@ -12,9 +12,9 @@ from peraxis_tools.chain.write import UpdateJob, UpdateResult, open_chain, write
 from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.checkpoints.derived import DerivedCheckpoint
 from peraxis_tools.convert.wires import zstd
+from peraxis_tools.convert.wires.change import WireFile, changed
 from peraxis_tools.convert.wires.index_value import IndexValueFile, is_index_value
 from peraxis_tools.convert.wires.nemo import NemoFile
-from peraxis_tools.convert.wires.patch import WireFile, patched
 from peraxis_tools.convert.wires.xor import XorFolder, index_metadata
 from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Progress, watched
@@ -121,6 +121,6 @@ class _Changed(DerivedCheckpoint):
     def _whole(self, name: str) -> pxd.Array:
         array = self._before.read(name)
         if name in self._names:
-            array = patched(array, self._wire.patch(name, self._before[name]))
+            array = changed(array, self._wire.change(name, self._before[name]))
             self._wire.check(name, array)
         return array

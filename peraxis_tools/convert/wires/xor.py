@@ -22,12 +22,12 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_tools.convert.wires import zstd
-from peraxis_tools.convert.wires.patch import Patch, words_of
+from peraxis_tools.convert.wires.change import TensorChange, words_of
 from peraxis_tools.display.notes import note
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.folders import atomic_folder
 
-__all__ = ["Packed", "XorFolder", "index_metadata", "pack", "write"]
+__all__ = ["XorTensor", "XorFolder", "index_metadata", "pack", "write"]
 
 _SHARD: Final = "model-00001-of-00001.safetensors"
 _ADLER32: Final = "adler32"
@@ -78,7 +78,7 @@ class XorFolder:
         """The tensors that it changes."""
         return tuple(self._tensors)
 
-    def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
+    def change(self, name: str, info: pxd.TensorInfo) -> TensorChange:
         """See WireFile."""
         found = self._tensors[name]
         where = f"{self._path}: {name}"
@@ -92,7 +92,7 @@ class XorFolder:
                 f"{where}: ends at byte {len(data)}; the base's tensor has {info.size} bytes; another base, or damaged"
             )
         words = np.frombuffer(data, f"<u{info.dtype.itemsize}")
-        return Patch(index=None, words=words, is_xor=True)
+        return TensorChange(index=None, words=words, is_xor=True)
 
     def check(self, name: str, new: pxd.Array) -> None:
         """See WireFile."""
@@ -118,7 +118,7 @@ def _checksums(file: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
+class XorTensor:
     """One tensor's part of a wire: a zstd frame, and the checksum of the tensor's bytes afterwards."""
 
     name: str
@@ -126,14 +126,14 @@ class Packed:
     checksum: str
 
 
-def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> Packed:
+def pack(name: str, dtype: pxd.DType, old: pxd.Array, new: pxd.Array) -> XorTensor:
     """Pack one changed tensor. Raises MissingPackageError."""
     xored = words_of(old) ^ words_of(new)
     checksum = f"{zlib.adler32(pxd.raw_bytes(new)):08x}"
-    return Packed(name=name, data=zstd.compress(pxd.raw_bytes(xored)), checksum=checksum)
+    return XorTensor(name=name, data=zstd.compress(pxd.raw_bytes(xored)), checksum=checksum)
 
 
-def write(path: Path, packed: Sequence[Packed], *, overwrite: bool, version: str, base_version: str) -> int:
+def write(path: Path, packed: Sequence[XorTensor], *, overwrite: bool, version: str, base_version: str) -> int:
     """Write the folder, and return its bytes. version, base_version: the names of the states after and before."""
     header: dict[str, Any] = {"__metadata__": {item.name: item.checksum for item in packed}}
     end = 0

@@ -23,14 +23,14 @@ from peraxis_tools.compress.plan.estimate import TABLE_TOKENS
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.process.heap import trim_heap
 
-__all__ = ["Batch", "MomentsCollector", "Side", "TextBatches"]
+__all__ = ["TokenBatch", "MomentsCollector", "Side", "TextBatches"]
 
 _THREADS: Final = 64  # suspended passes at most
 _LARGE_SUMS: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TokenBatch:
     """Token ids [samples, length], and whether they are for validation (held out) or for the fit."""
 
     ids: Tensor
@@ -46,13 +46,13 @@ class TextBatches:
     to the moments; they run, so that it takes part in every step.
     """
 
-    every: Sequence[Batch]
+    every: Sequence[TokenBatch]
     places: Sequence[int]
     crossed: bool = False
     idle: bool = False
 
     @property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[TokenBatch]:
         """The batches of this process."""
         return [self.every[i] for i in self.places]
 

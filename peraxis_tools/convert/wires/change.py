@@ -1,4 +1,4 @@
-"""The changes of one tensor, for all wires: the weights, and their new patterns."""
+"""The change of one tensor, for all wires: the weights, and their new patterns."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["Patch", "WireFile", "changed_words", "checked_index", "patched", "words_of"]
+__all__ = ["TensorChange", "WireFile", "changed_words", "checked_index", "changed", "words_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patch:
+class TensorChange:
     """index: int64 [k], flat, in row-major order and ascending; None for all weights. words: unsigned, of the tensor's
     width, [k] or [n]: new patterns, or with is_xor the XOR of old and new ones.
     """
@@ -32,8 +32,8 @@ class WireFile(Protocol):
     def names(self) -> tuple[str, ...]:
         """The names of the changed tensors."""
 
-    def patch(self, name: str, info: pxd.TensorInfo) -> Patch:
-        """The changes of one tensor; info: the tensor before. Raises ToolError, CheckFailedError."""
+    def change(self, name: str, info: pxd.TensorInfo) -> TensorChange:
+        """The change of one tensor; info: the tensor before. Raises ToolError, CheckFailedError."""
 
     def check(self, name: str, new: pxd.Array) -> None:
         """Check a new tensor by the wire's checksum, if it has one. Raises CheckFailedError."""
@@ -55,14 +55,14 @@ def changed_words(old: pxd.Array, new: pxd.Array) -> tuple[NDArray[np.int64], px
     return index, before[index] ^ after[index]
 
 
-def patched(old: pxd.Array, patch: Patch) -> pxd.Array:
-    """The tensor after a patch, as a new storage array."""
+def changed(old: pxd.Array, change: TensorChange) -> pxd.Array:
+    """The tensor after a change, as a new storage array."""
     new = old.copy()
     words = words_of(new) if new.size else new.reshape(-1).view(f"<u{new.dtype.itemsize}")
-    if patch.index is None:
-        words[...] = words ^ patch.words if patch.is_xor else patch.words
+    if change.index is None:
+        words[...] = words ^ change.words if change.is_xor else change.words
     else:
-        words[patch.index] = words[patch.index] ^ patch.words if patch.is_xor else patch.words
+        words[change.index] = words[change.index] ^ change.words if change.is_xor else change.words
     return words.view(old.dtype).reshape(old.shape)
 
 
