@@ -128,7 +128,8 @@ def _refuse_empty(name: str) -> None:
     if os.path.isdir(name):
         os.listdir(name)
         raise ToolError(
-            f"{name}: has no .pxd; to check an applied folder, pass its delta with --base and --fine-tuned {name}"
+            f"{name}: has no .pxd; to compare a checkpoint with its delta, run "
+            f"`peraxis-tools diff DELTA {name} --base BASE`"
         )
     if glob.has_magic(name) and not os.path.exists(name):
         refuse_closed(name)

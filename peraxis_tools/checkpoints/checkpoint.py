@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from peraxis_tools.process.optional import require
 from peraxis_tools.remote.names import HUB_NAME, names_a_file
 
 __all__ = ["Checkpoint", "is_delta", "open_checkpoint", "parse_identity", "refuse_swapped", "with_revision"]
+
+_HUB_PAGE: Final = re.compile(r"(?:hf://(?:models/)?|https://(?:huggingface\.co|hf\.co)/)([\w.-]+/[\w.-]+)")
 
 _HUB_PATTERNS: Final = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
@@ -81,7 +84,11 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         folder = path if path.is_dir() else path.parent
         return Checkpoint(_opened(path), _identity(path, folder), folder)
     if not HUB_NAME.fullmatch(str(source)) or names_a_file(str(source)):
-        raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
+        page = _HUB_PAGE.match(str(source))
+        told = f"is the address of a repository on the hub; pass {page[1]}" if page else None
+        raise CheckpointError(
+            f"{source}: {told or 'no such file or folder, and not a hub id (org/name or org/name@revision)'}"
+        )
     hub_id, _, at = str(source).partition("@")
     folder = _download(hub_id, at or None)
     # A snapshot's folder is named by the commit of the revision.

@@ -42,8 +42,7 @@ class SignResult:
 
 def signature_path(file: str | Path) -> Path:
     """The default path of a file's bundle."""
-    file = Path(file)
-    return file.with_name(f"{file.name}.sig")
+    return Path(f"{Path(file)}.sig")
 
 
 def refuse_stale_signature(file: Path) -> None:
@@ -114,9 +113,11 @@ def sign(
         signing = _library().signing
         with _clear(f"{file}: cannot be signed with {private_key}", ToolError), stages("sign", None):
             config = signing.Config().set_hashing_config(_hashing(bundle))
-            _check_elliptic(private_key, password)
+            secret = None if password is None else password.encode()
+            _check_elliptic(private_key, secret)
             if certificate is None:
-                config.use_elliptic_key_signer(private_key=private_key, password=password)
+                # cryptography, which gets the password from the library as it is, needs bytes.
+                config.use_elliptic_key_signer(private_key=private_key, password=secret)
             else:
                 config.use_certificate_signer(
                     private_key=private_key, signing_certificate=certificate, certificate_chain=chain
@@ -129,12 +130,12 @@ def sign(
     )
 
 
-def _check_elliptic(private_key: Path, password: str | None) -> None:
+def _check_elliptic(private_key: Path, password: bytes | None) -> None:
     """Raise ValueError for a key of another kind, which the library does not name. Raises what cryptography raises."""
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    key = load_pem_private_key(private_key.read_bytes(), None if password is None else password.encode())
+    key = load_pem_private_key(private_key.read_bytes(), password)
     if not isinstance(key, EllipticCurvePrivateKey):
         raise ValueError("it is no elliptic-curve key; make one with `openssl ecparam -genkey -noout -name prime256v1`")
 

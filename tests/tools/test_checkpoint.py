@@ -50,6 +50,14 @@ def test_the_hub_id_of_a_folder_can_be_given(tmp_path: Path) -> None:
         compress(base, tuned, tmp_path / "e.pxd", base_id="not an id")
 
 
+@pytest.mark.parametrize(
+    "address", ["hf://org/base", "https://huggingface.co/org/base/tree/main", "hf://models/org/base"]
+)
+def test_the_address_of_a_repository_on_the_hub_is_answered_with_its_id(address: str) -> None:
+    with pytest.raises(pxd.CheckpointError, match=r"pass org/base$"):
+        open_checkpoint(address)
+
+
 def test_ids_are_read_as_the_hub_writes_them() -> None:
     assert parse_identity("org/name") == pxd.Identity(id="org/name")
     for wrong in ("name", "org/name@", "/name", "org/na me", "a/b/c"):

@@ -113,6 +113,21 @@ def test_exact_tensors_merge_with_the_base_and_not_without(tmp_path: Path) -> No
         assert np.array_equal(file.load("norm.weight").full, x)
 
 
+def test_weighted_deltas_of_exact_tensors_keep_bits_that_binary32_differences_lose(tmp_path: Path) -> None:
+    base, x, y = (np.full(8, value, np.float32) for value in (1e8, 1.0, 2.0))
+    ref = pxd.BaseRef(dtype=pxd.DType.F32, shape=(8,), sha256=pxd.digest_of(base))
+    checkpoint = write_checkpoint(tmp_path / "base", {"norm.weight": (base, pxd.DType.F32)})
+    paths = []
+    for i, value in enumerate((x, y)):
+        module = pxd.ModuleDelta(
+            name="norm.weight", shape=(8,), dtype=pxd.DType.F32, encoding=pxd.Encoding.FULL, base=ref, full=value
+        )
+        paths.append(write_delta(tmp_path / f"{i}.pxd", [module]))
+    merge(paths, tmp_path / "out.pxd", weights=[0.5, 0.5], base=checkpoint)
+    with pxd.open(tmp_path / "out.pxd") as file:
+        assert np.all(pxd.to_float32(file.load("norm.weight").full, pxd.DType.F32) == 1.5)
+
+
 @pytest.mark.parametrize("method", ["sum", "ties", "dare"])
 def test_a_base_that_is_needed_is_asked_for_before_any_work(tmp_path: Path, method) -> None:
     rng = np.random.default_rng(0)

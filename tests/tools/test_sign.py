@@ -26,14 +26,15 @@ pytest.importorskip("cryptography")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-def write_key(folder: Path, name: str):
+def write_key(folder: Path, name: str, *, password: bytes | None = None):
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP256R1())
     pem = serialization.Encoding.PEM
     private = folder / f"{name}.pem"
-    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    kept = serialization.NoEncryption() if password is None else serialization.BestAvailableEncryption(password)
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, kept))
     public = folder / f"{name}.pub"
     public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
     return key, private, public
@@ -53,6 +54,20 @@ def sign(*arguments: object) -> None:
 def verify(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(verify_command, [str(a) for a in arguments])
     return result.exit_code, result.stdout
+
+
+def test_an_encrypted_key_signs_with_its_password_alone(
+    delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, private, public = write_key(tmp_path, "mine", password="pässwörd".encode())
+    for password in (None, "another"):
+        if password is not None:
+            monkeypatch.setenv("PERAXIS_KEY_PASSWORD", password)
+        result = CliRunner().invoke(sign_command, [str(delta), "--private-key", str(private)])
+        assert isinstance(result.exception, ToolError), password
+    monkeypatch.setenv("PERAXIS_KEY_PASSWORD", "pässwörd")
+    sign(delta, "--private-key", private)
+    assert verify(delta, "--signature", "--public-key", public)[0] == 0
 
 
 def test_a_signature_holds_for_its_key_and_file_and_for_no_other(delta: Path, tmp_path: Path) -> None:

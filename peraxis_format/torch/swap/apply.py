@@ -91,9 +91,9 @@ def apply_(
     end of the writes. Raises TornError if a failed write could not be reverted.
     """
     if not isinstance(delta, DeltaFile | str | os.PathLike):
-        raise LiveModelError(
-            f"the delta is a {type(delta).__name__}; pass them in the other order, apply_(model, delta)"
-        )
+        swapped = isinstance(target, DeltaFile | str | os.PathLike)
+        remedy = "pass them in the other order, apply_(model, delta)" if swapped else "pass a path or an open delta"
+        raise LiveModelError(f"the delta is a {type(delta).__name__}; {remedy}")
     check_choice("undo", undo, ("device", "host"), error=LiveModelError)
     check_least("workers", workers, 1, error=LiveModelError)
     started = time.perf_counter()
