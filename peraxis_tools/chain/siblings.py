@@ -18,7 +18,7 @@ from peraxis_tools.outputs.remote_output import names_beside
 from peraxis_tools.remote.files import RemoteFile
 from peraxis_tools.remote.urls import local_path, without_secrets
 
-__all__ = ["order_fault", "own_turn", "refuse_disorder", "refuse_other_name"]
+__all__ = ["note_repeated", "order_fault", "own_turn", "refuse_disorder", "refuse_other_name"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
 _TURN: Final = "00c4a117"  # the lock's name
@@ -39,6 +39,19 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
     links = list(_remote_links(str(output)) if here is None else _links(here.parent))
     others = [link for link in links if link.path.name != new.path.name]
     _refuse(shown, new, others)
+
+
+def note_repeated(output: str | Path, *, previous: str | None, base: str, result: str) -> None:
+    """Note that a fold repeats an update of its folder: it has the same place and result. Arguments: refuse_disorder."""
+    here = local_path(output)
+    shown = without_secrets(str(output)) if here is None else str(here)
+    for link in _remote_links(str(output)) if here is None else _links(here.parent):
+        if link.path.name != Path(shown).name and (link.previous, link.base, link.result) == (previous, base, result):
+            note(_repeats(shown, link))
+
+
+def _repeats(shown: str, twin: Link) -> str:
+    return f"{shown}: repeats {twin.path}, so `log` and `apply` will refuse the folder; delete one of them"
 
 
 def refuse_other_name(output: str | Path, before: Link) -> None:
@@ -161,7 +174,7 @@ def _refuse(shown: str, new: Link, links: list[Link]) -> None:
         return  # the folder was not one chain before this update
     twin = _twin(new, kept, known)
     if twin is not None:
-        note(f"{shown}: repeats {twin.path}, so `log` and `apply` will refuse the folder; delete one of them")
+        note(_repeats(shown, twin))
         return
     try:
         before = predecessors([*kept, new])

@@ -17,7 +17,7 @@ from peraxis_format.urls import is_url
 from peraxis_tools.arguments import check_choice, sequence
 from peraxis_tools.chain.opened import opened_in_order
 from peraxis_tools.chain.order import Link
-from peraxis_tools.chain.siblings import own_turn, refuse_disorder, refuse_other_name
+from peraxis_tools.chain.siblings import note_repeated, own_turn, refuse_disorder, refuse_other_name
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.chain.state import ChainState, NoState, state_after
 from peraxis_tools.checkpoints.assets import changed_groups
@@ -278,8 +278,10 @@ def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:
         )
     if job.result is None and writer.result is not None:  # folds on one base may stand side by side
         refuse_disorder(job.name, previous=job.previous, base=writer.base_digest, result=writer.result)
-    if job.result is not None and writer.result != job.result:
-        raise CheckFailedError(f"{shown}: would result in {writer.result}, not in {job.result}")
+    if job.result is not None:
+        if writer.result != job.result:
+            raise CheckFailedError(f"{shown}: would result in {writer.result}, not in {job.result}")
+        note_repeated(job.name, previous=job.previous, base=writer.base_digest, result=job.result)
 
 
 def _count_changed_packed(old: pxd.Array, new: pxd.Array, dtype: pxd.DType) -> int:

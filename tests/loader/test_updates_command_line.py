@@ -118,7 +118,7 @@ def test_a_follower_names_an_update_that_it_passes_over_because_of_its_name(
     with pytest.raises(UpdateError, match="is passed over, because its name"):
         follower.apply(file)
     with monkeypatch.context() as patch:
-        patch.setattr("peraxis_format.torch.updates.source.DeltaFile", None)  # no file is opened twice
+        patch.setattr("peraxis_format.torch.updates.listing.DeltaFile", None)  # no file is opened twice
         assert follower.poll().waiting == found.waiting
     (run / "step-00000002.pxd").hardlink_to(file)
     found = follower.poll()

@@ -51,6 +51,39 @@ def test_old_files_go_and_what_is_left_is_a_chain(tmp_path: Path) -> None:
     assert published(live) == published(model)
 
 
+@pytest.mark.parametrize("name", ["anchor-00000009.pxd", "anchor-00000002.pxd"])
+def test_an_anchor_with_the_name_of_another_step_is_passed_over_and_named(tmp_path: Path, name: str) -> None:
+    model, live = trainer(), server()
+    writer = UpdateWriter(model, tmp_path, anchor_every=4)
+    for step in range(7):
+        writer.step()
+        train(model, step)
+    assert follow(live, tmp_path).poll().step == 6
+    (tmp_path / "anchor-00000004.pxd").rename(tmp_path / name)
+    wanted = f"{name}: is passed over, because it has the state of step-00000004.pxd; rename it to anchor-00000004.pxd"
+    for server_of in (lambda: live, server):
+        found = follow(server_of(), tmp_path).poll()
+        assert found.step == 6
+        assert found.waiting[tmp_path / name].endswith(wanted)
+    with pytest.raises(LiveModelError, match=wanted):
+        UpdateWriter(model, tmp_path).step()
+    (tmp_path / name).rename(tmp_path / "anchor-00000004.pxd")
+    assert UpdateWriter(model, tmp_path).step().step == 7
+
+
+def test_anchors_of_a_state_that_does_not_change_are_taken_after_the_updates_before_them_are_gone(
+    tmp_path: Path,
+) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path, anchor_every=2)
+    for _ in range(6):
+        writer.step()
+    writer.prune(anchors=1)
+    live = server()
+    assert follow(live, tmp_path).poll().step == 5
+    assert published(live) == published(model)
+
+
 def test_a_folder_of_other_tensors_or_with_a_gap_is_refused_by_name(tmp_path: Path) -> None:
     model = trainer()
     writer = UpdateWriter(model, tmp_path)

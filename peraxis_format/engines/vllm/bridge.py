@@ -29,7 +29,8 @@ from peraxis_format.torch.ring import Ring
 from peraxis_format.torch.serve.linear import many_rows
 from peraxis_format.torch.serve.lookup import patched_rows
 from peraxis_format.torch.swap.payload import check_pads
-from peraxis_format.torch.updates.source import UpdateFile, list_updates, next_update
+from peraxis_format.torch.updates.listing import UpdateFile, list_updates
+from peraxis_format.torch.updates.source import next_update
 from peraxis_format.torch.updates.staged import StagedUpdate, stage
 
 __all__ = [

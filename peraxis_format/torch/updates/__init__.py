@@ -7,18 +7,11 @@ updates.step()                                follower.poll()
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError
 from peraxis_format.torch.updates.follower import Follower, Poll, follow
+from peraxis_format.torch.updates.listing import OtherFile, UpdateFile, list_updates
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.publish_sharded import ShardedUpdateWriter
 from peraxis_format.torch.updates.published import Published
-from peraxis_format.torch.updates.source import (
-    OtherFile,
-    UpdateFile,
-    list_updates,
-    next_update,
-    other_chain,
-    reached_step,
-    standing,
-)
+from peraxis_format.torch.updates.source import next_update, other_chain, reached_step, standing
 
 __all__ = [
     "Follower",

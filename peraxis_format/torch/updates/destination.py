@@ -13,8 +13,8 @@ from peraxis_format.chain_names import step_of
 from peraxis_format.errors import PxdError
 from peraxis_format.manifest import Identity, Manifest
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.updates.listing import UpdateFile, newer_file
 from peraxis_format.torch.updates.mirror import Mirror
-from peraxis_format.torch.updates.source import UpdateFile, newer_file
 from peraxis_format.writer import DeltaWriter
 
 __all__ = ["Destination"]

@@ -27,17 +27,10 @@ from peraxis_format.torch.place.ranks import Ranks, together
 from peraxis_format.torch.place.shards import Placement, Shard, Target, own_piece
 from peraxis_format.torch.updates.apply import apply_update
 from peraxis_format.torch.updates.errors import UpdateError, advised
+from peraxis_format.torch.updates.listing import AWAITED, OtherFile, UpdateFile, list_updates, missing_folder
 from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import (
-    AWAITED,
-    OtherFile,
-    UpdateFile,
-    list_updates,
-    missing_folder,
-    next_update,
-    standing,
-)
+from peraxis_format.torch.updates.source import next_update, standing
 from peraxis_format.urls import is_url
 
 __all__ = ["Follower", "Poll", "follow"]

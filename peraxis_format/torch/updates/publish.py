@@ -31,10 +31,11 @@ from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.updates.destination import Destination
+from peraxis_format.torch.updates.listing import UpdateFile
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
 from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.published import Published, Written
-from peraxis_format.torch.updates.source import UpdateFile, Way, chain_of
+from peraxis_format.torch.updates.source import Way, chain_of
 from peraxis_format.urls import is_url
 
 __all__ = ["UpdateWriter"]

@@ -28,13 +28,14 @@ from peraxis_format.torch.place.finder import local_part
 from peraxis_format.torch.place.pieces import Layout, flat_indices
 from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
+from peraxis_format.torch.updates.listing import UpdateFile
 from peraxis_format.torch.updates.live import live_tensors
 from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.owned import check_ranks, owned_state
 from peraxis_format.torch.updates.publish import UpdateWriter
 from peraxis_format.torch.updates.published import Published, UpdateOptions, Written
 from peraxis_format.torch.updates.shared_mirror import SharedMirror
-from peraxis_format.torch.updates.source import UpdateFile, Way, chain_of
+from peraxis_format.torch.updates.source import Way, chain_of
 from peraxis_format.urls import is_url
 from peraxis_format.writer import DeltaWriter
 

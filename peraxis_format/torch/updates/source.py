@@ -1,154 +1,21 @@
-"""The updates of a folder by their headers: step-<n>.pxd, and anchors, which are whole states (anchor-<n>.pxd).
-
-An update with another name is passed over. The reason is given, because such a file breaks the chain for its servers.
-"""
+"""The order of a folder's updates: the way that a trainer continues, the next update of a state, its standing."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from peraxis_format.chain_names import step_name, step_of
-from peraxis_format.errors import LiveModelError, PxdError
-from peraxis_format.manifest import PART_KEY
-from peraxis_format.reader import DeltaFile
+from peraxis_format.errors import LiveModelError
+from peraxis_format.torch.updates.listing import OtherFile, UpdateFile, listed, misnamed_anchors, missing_folder
 
-__all__ = [
-    "AWAITED",
-    "OtherFile",
-    "Standing",
-    "UpdateFile",
-    "Way",
-    "chain_of",
-    "list_updates",
-    "missing_folder",
-    "newer_file",
-    "next_update",
-    "other_chain",
-    "reached_step",
-    "standing",
-]
+__all__ = ["Standing", "Way", "chain_of", "next_update", "other_chain", "reached_step", "standing"]
 
 _LOGGER: Final = logging.getLogger("peraxis")
-AWAITED: Final = "waiting for the first update"  # what a follower does about a missing folder
 _NAMES: Final = 3  # files that an error names at most
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateFile:
-    """One file of a chain. base, result: digests over all tensors before and after (SPEC 3.11, 3.14).
-
-    An anchor needs no state before it. stamp: inode, size and time of change of the file that was read.
-    """
-
-    path: Path
-    step: int
-    is_anchor: bool
-    content_id: str
-    previous: str | None
-    base: str
-    result: str
-    stamp: tuple[int, int, int] = (0, 0, 0)
-
-
-def newer_file(path: Path) -> Path | None:
-    """A file of the same folder with a higher step than that of this one. Raises OSError if there is no such folder."""
-    own = step_of(path.name)
-    for other in path.parent.iterdir():
-        step = step_of(other.name)
-        if own is not None and step is not None and step[0] > own[0]:
-            return other
-    return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OtherFile:
-    """A file with the name of no step. result: None if it is not an update. The rest is as in UpdateFile."""
-
-    path: Path
-    content_id: str = ""
-    previous: str | None = None
-    base: str = ""
-    result: str | None = None
-    stamp: tuple[int, int, int] = (0, 0, 0)
-
-
-def missing_folder(folder: Path) -> str | None:
-    """The reason why a folder of updates has none, if it does not exist or cannot be read; that may change later."""
-    try:
-        with os.scandir(folder):
-            return None
-    except FileNotFoundError:
-        reason = "no such folder yet"
-    except NotADirectoryError:
-        reason = "is not a folder"
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-    return f"{folder}: {reason}"
-
-
-def list_updates(
-    folder: Path, known: dict[Path, UpdateFile | OtherFile] | None = None
-) -> tuple[list[UpdateFile], dict[Path, str]]:
-    """The updates and anchors of a folder in the order of their steps, and the reasons why files are not among them:
-    they cannot be read, or they are updates with the name of no step. A folder that does not exist or cannot be read
-    has a reason too.
-
-    known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
-    replaced.
-    """
-    files, others, problems = _listed(folder, {} if known is None else known)
-    reasons = ((other.path, _reason_for(other, files)) for other in others)
-    return files, problems | {path: reason for path, reason in reasons if reason is not None}
-
-
-def _listed(
-    folder: Path, known: dict[Path, UpdateFile | OtherFile]
-) -> tuple[list[UpdateFile], list[OtherFile], dict[Path, str]]:
-    """The updates with the names of steps, other updates, and the faults of files with the names of steps."""
-    problems: dict[Path, str] = {}
-    if (reason := missing_folder(folder)) is not None:
-        problems[folder] = f"{reason}; {AWAITED}"
-    present = set(folder.glob("*.pxd"))
-    for gone in known.keys() - present:
-        del known[gone]
-    for path in sorted(present):
-        try:
-            about = path.stat()
-            stamp = (about.st_ino, about.st_size, about.st_mtime_ns)
-            if path not in known or known[path].stamp != stamp:
-                known[path] = _read(path, stamp) if step_of(path.name) else _read_other(path, stamp)
-        except (PxdError, OSError) as error:
-            known.pop(path, None)
-            if step_of(path.name):
-                problems[path] = str(error)
-    files = [file for file in known.values() if isinstance(file, UpdateFile)]
-    others = [file for file in known.values() if isinstance(file, OtherFile) and file.result is not None]
-    return (
-        sorted(files, key=lambda file: (file.step, file.is_anchor)),
-        sorted(others, key=lambda file: file.path),
-        problems,
-    )
-
-
-def _reason_for(other: OtherFile, files: Sequence[UpdateFile]) -> str | None:
-    """The reason why an update is passed over; None if steps lead to its result, like those that it folds."""
-    before = [file for file in files if file.content_id == other.previous]
-    before = before or [file for file in files if file.result == other.base]
-    at = before[-1].step if before else None
-    if any(file.result == other.result for file in files if at is None or file.step > at):
-        return None
-    told = f"{other.path}: is passed over, because its name is not that of a step"
-    if at is None:
-        return f"{told}; rename it to step-<n>.pxd, by the step after the one that it follows"
-    name = step_name(at + 1)
-    if any(step_of(file.path.name) == (at + 1, False) for file in files):
-        return f"{told}, and {name} follows the same state; move it away"
-    return f"{told}; rename it to {name}, because it follows step {at}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +35,11 @@ def chain_of(folder: Path) -> Way | None:
     """
     if (reason := missing_folder(folder)) is not None:
         raise LiveModelError(reason)
-    files, others, problems = _listed(folder, {})
+    files, others, problems = listed(folder, {})
     if problems:
         raise LiveModelError(f"{next(iter(problems.values()))}; move it away and publish again")
+    if misnamed := misnamed_anchors(files):
+        raise LiveModelError(next(iter(misnamed.values())))
     anchors = [file for file in files if file.is_anchor]
     if not files and not others:
         return None
@@ -304,42 +173,3 @@ def standing(
         if other != noticed:
             _LOGGER.error("%s", other)
     return Standing(step=step, lag=len(ahead), other=other)
-
-
-def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
-    place = step_of(path.name)
-    with DeltaFile(path) as delta:
-        manifest = delta.manifest
-        if place is None or manifest.result is None:
-            raise OSError(f"{path}: has no result, so it is not an update")
-        if PART_KEY in manifest.metadata:  # SPEC 14
-            raise OSError(f"{path}: is a part of an update; join the parts with `peraxis-tools merge`")
-        return UpdateFile(
-            path=path,
-            step=place[0],
-            is_anchor=place[1],
-            content_id=delta.content_id,
-            previous=manifest.previous,
-            base=manifest.base.digest,
-            result=manifest.result,
-            stamp=stamp,
-        )
-
-
-def _read_other(path: Path, stamp: tuple[int, int, int]) -> OtherFile:
-    """A file with the name of no step. One that cannot be read is no update, until it is replaced."""
-    try:
-        with DeltaFile(path) as delta:
-            manifest = delta.manifest
-    except PxdError:
-        return OtherFile(path=path, stamp=stamp)
-    if PART_KEY in manifest.metadata:  # SPEC 14
-        return OtherFile(path=path, stamp=stamp)
-    return OtherFile(
-        path=path,
-        content_id=delta.content_id,
-        previous=manifest.previous,
-        base=manifest.base.digest,
-        result=manifest.result,
-        stamp=stamp,
-    )
