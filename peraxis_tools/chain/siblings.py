@@ -42,7 +42,7 @@ def refuse_disorder(output: str | Path, *, previous: str | None, base: str, resu
 
 
 def note_repeated(output: str | Path, *, previous: str | None, base: str, result: str) -> None:
-    """Note that a fold repeats an update of its folder: it has the same place and result. Arguments: refuse_disorder."""
+    """Note that a fold repeats an update of its folder: it has the same place and result. Arguments: see above."""
     here = local_path(output)
     shown = without_secrets(str(output)) if here is None else str(here)
     for link in _remote_links(str(output)) if here is None else _links(here.parent):

@@ -217,3 +217,18 @@ def test_folds_from_one_base_stand_side_by_side(folder: Path) -> None:
     peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
     peraxis.compact(folder / "base", chain, folds / "1-2.pxd")
     assert sorted(path.name for path in folds.iterdir()) == ["1-2.pxd", "1.pxd"]
+
+
+def test_a_fold_that_repeats_an_update_of_its_folder_is_noted_as_such(
+    folder: Path, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The chain comes back to the state after its first update."""
+    peraxis.update(folder / "base", folder / "two", f"{place}/2.pxd", after=place)
+    peraxis.update(folder / "base", folder / "one", f"{place}/3.pxd", after=place)
+    assert not caplog.messages
+    peraxis.compact(folder / "base", place, f"{place}/fold.pxd")
+    (noted,) = caplog.messages
+    assert "/fold.pxd: repeats" in noted
+    assert "1.pxd" in noted
+    with pytest.raises(CheckFailedError, match="is the same update as"):
+        peraxis.log(place)
