@@ -93,11 +93,11 @@ def replace_remote(system: Any, local: Path, target: str) -> None:
         system.put_file(str(local), target)
         return
     aside = _beside(target, "old")
-    with _uploaded(system, local, target) as part:
+    with _uploaded(system, local, target) as partial:
         if system.exists(target):  # a rename replaces nothing in some stores
             system.mv(target, aside)
         try:
-            system.mv(part, target)
+            system.mv(partial, target)
         except BaseException:
             if system.exists(aside):
                 system.mv(aside, target)
@@ -109,13 +109,13 @@ def replace_remote(system: Any, local: Path, target: str) -> None:
 @contextlib.contextmanager
 def _uploaded(system: Any, local: Path, target: str) -> Iterator[str]:
     """Send a file to a temporary name beside its target, and remove it there if the block fails."""
-    part = _beside(target, "part")
+    partial = _beside(target, "part")
     try:
-        system.put_file(str(local), part)
-        yield part
+        system.put_file(str(local), partial)
+        yield partial
     except BaseException:
         with contextlib.suppress(Exception):
-            system.rm_file(part)
+            system.rm_file(partial)
         raise
 
 
@@ -164,7 +164,7 @@ def _create(system: Any, local: Path, target: str) -> None:
 
 
 def _renamed(system: Any, local: Path, target: str) -> None:
-    with _uploaded(system, local, target) as part:
+    with _uploaded(system, local, target) as partial:
         if system.exists(target):
             raise FileExistsError(target)
-        system.mv(part, target)
+        system.mv(partial, target)

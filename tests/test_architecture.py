@@ -110,7 +110,7 @@ COMPRESS = (
         "run.module_delta",
     ),
     *("run.distributed", "fit.moments.recorder", "fit.gram", "fit.signs", "fit.scales", "model"),
-    *("calibration.parts", "plan", "calibration"),
+    *("calibration.partition", "plan", "calibration"),
     *(
         "fit.moments",
         "fit.adamw",

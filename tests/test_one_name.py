@@ -81,3 +81,18 @@ def test_the_name_of_a_class_stands_for_one_class() -> None:
             if isinstance(node, ast.ClassDef):
                 found[node.name].append(module_of(path))
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
+
+
+def test_in_the_loader_a_part_is_what_the_specification_calls_so() -> None:
+    """A part of a module (SPEC 4.1) or of a delta (SPEC 14). What a model has of a tensor is a shard, and a piece."""
+    found: set[str] = set()
+    for path in sources("peraxis_format/torch"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Name):
+                found.add(node.id)
+            elif isinstance(node, ast.arg):
+                found.add(node.arg)
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+    named = {name for name in found if {"part", "parts"} & set(name.lower().split("_"))}
+    assert named == {"PART_KEY", "_refuse_part", "part_box", "_part_box"}

@@ -206,7 +206,7 @@ def require_triton() -> None:
 
 def device_of(placement: Placement) -> Device:
     """The Device of all live storages. Raises DeviceError for several devices, or for one that is not CPU or CUDA."""
-    found = {part.view.device for parts in placement.values() for part in parts}
+    found = {shard.view.device for placed in placement.values() for shard in placed}
     if len(found) > 1:
         names = ", ".join(sorted(map(str, found)))
         raise DeviceError(f"the model is on several devices ({names}); use one process for each device")

@@ -93,8 +93,8 @@ def _sums(module: pxd.ModuleDelta, base: pxd.Safetensors, fine_tuned: pxd.Safete
         chosen = rows if module.shape else None
         base_block = base.read(module.name, chosen)
         wanted_block = fine_tuned.read(wanted, chosen)
-        part = restrict(module, rows) if module.shape else module
-        rebuilt = pxd.reconstruct(part, base_block)
+        restricted = restrict(module, rows) if module.shape else module
+        rebuilt = pxd.reconstruct(restricted, base_block)
         sums.identical &= np.array_equal(_bits(rebuilt), _bits(wanted_block))
         plain = pxd.to_float32(base_block, module.base.dtype)
         with np.errstate(invalid="ignore"):

@@ -103,7 +103,7 @@ def _is_base(module: pxd.ModuleDelta, base: BaseRows) -> bool:
     if module.full is None or (module.shape and module.kept < module.shape[0]):
         return False
     blocks = ((rows, module.full[rows] if module.shape else module.full) for rows in row_blocks(module.shape))
-    return all(_equal_bytes(part, pxd.from_float32(base(rows), module.dtype)) for rows, part in blocks)
+    return all(_equal_bytes(block, pxd.from_float32(base(rows), module.dtype)) for rows, block in blocks)
 
 
 def _equal_bytes(a: pxd.Array | None, b: pxd.Array | None) -> bool:
@@ -144,9 +144,9 @@ def _measure(file_a: pxd.DeltaFile, file_b: pxd.DeltaFile, name: str, base: Base
     if not comparable:
         return _Measure(note="of another shape" if a.shape != b.shape else "not of a float type")
     if pxd.Encoding.FULL not in (a.encoding, b.encoding):
-        parts = packed_components(file_a, name), packed_components(file_b, name)
-        found = inner_products(*parts, checked_blocks(file_a, file_b, name) if streamed else None)
-        return _Measure(found, _scale(*parts), math.sqrt(found.square_distance))
+        packed = packed_components(file_a, name), packed_components(file_b, name)
+        found = inner_products(*packed, checked_blocks(file_a, file_b, name) if streamed else None)
+        return _Measure(found, _scale(*packed), math.sqrt(found.square_distance))
     if has_delta(a) and has_delta(b) and base is not None:
         found = _dense_products(_module(file_a, name), _module(file_b, name), base)
         return _Measure(found, distance=math.sqrt(found.square_distance))
@@ -166,7 +166,7 @@ def _module(file: pxd.DeltaFile, name: str) -> pxd.ModuleDelta:
 
 
 def _scale(a: Sequence[PackedComponent], b: Sequence[PackedComponent]) -> float | None:
-    before, after = (magnitude(parts[0]) if parts else 0.0 for parts in (a, b))
+    before, after = (magnitude(components[0]) if components else 0.0 for components in (a, b))
     return after / before if before > 0.0 and b else None
 
 
@@ -194,8 +194,8 @@ def _tail_rows(module: pxd.ModuleDelta) -> pxd.Array | None:
 def _square_difference(a: pxd.Array, dtype_a: pxd.DType, b: pxd.Array, dtype_b: pxd.DType) -> float:
     total = 0.0
     for rows in row_blocks(a.shape):
-        part_a, part_b = (a[rows], b[rows]) if a.shape else (a, b)
-        difference = pxd.to_float32(part_a, dtype_a).astype(np.float64) - pxd.to_float32(part_b, dtype_b)
+        block_a, block_b = (a[rows], b[rows]) if a.shape else (a, b)
+        difference = pxd.to_float32(block_a, dtype_a).astype(np.float64) - pxd.to_float32(block_b, dtype_b)
         total += float(np.vdot(difference, difference))
     return total
 

@@ -99,12 +99,12 @@ def _inner(a: PackedComponent, b: PackedComponent, blocks: Iterable[Block] | Non
     changed = first = 0
     columns, matrix = None, -1
     for mask_a, mask_b in blocks or _read_blocks(a, b):
-        for part in _split(first, len(mask_a), d_out):
-            if part.matrix != matrix:
-                matrix = part.matrix
+        for some in _split(first, len(mask_a), d_out):
+            if some.matrix != matrix:
+                matrix = some.matrix
                 columns = _columns([packed.col[matrix] for packed in (a, b) if packed.col is not None])
-            counts, sums = differing(mask_a[part.rows], mask_b[part.rows], columns)
-            weights = rows[first + part.rows.start : first + part.rows.stop]
+            counts, sums = differing(mask_a[some.rows], mask_b[some.rows], columns)
+            weights = rows[first + some.rows.start : first + some.rows.stop]
             whole = float(d_in) if columns is None else columns.total
             inner.append(float(weights @ (whole - 2.0 * sums)))
             changed += int(counts.sum())
@@ -118,19 +118,19 @@ def _columns(cols: Sequence[NDArray[np.float64]]) -> Columns | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _MatrixRows:
     """The rows of a block that belong to one matrix of the batch."""
 
     matrix: int
     rows: slice
 
 
-def _split(first: int, count: int, d_out: int) -> Iterator[_Part]:
+def _split(first: int, count: int, d_out: int) -> Iterator[_MatrixRows]:
     begin = 0
     while begin < count:
         matrix = (first + begin) // d_out
         end = min(count, (matrix + 1) * d_out - first)
-        yield _Part(matrix, slice(begin, end))
+        yield _MatrixRows(matrix, slice(begin, end))
         begin = end
 
 

@@ -27,9 +27,9 @@ def packed_components(file: pxd.DeltaFile, name: str) -> list[PackedComponent]:
     for k, component in enumerate(entry.components):
         mask = records[f"{name}.{k}.mask"]
         scales = {
-            part: _read(file, records[f"{name}.{k}.{part}"])
-            for part in ("row", "col", "scalar")
-            if f"{name}.{k}.{part}" in records
+            suffix: _read(file, records[f"{name}.{k}.{suffix}"])
+            for suffix in ("row", "col", "scalar")
+            if f"{name}.{k}.{suffix}" in records
         }
         covered = (pxd.kept_rows(entry.shape, entry.base.shape), *entry.shape[1:]) if entry.base else entry.shape
         found.append(pack(component.exponent, scales, covered, _mask_rows(file, mask)))

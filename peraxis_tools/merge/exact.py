@@ -65,10 +65,10 @@ def merge_tails(modules: Sequence[pxd.ModuleDelta], weights: Sequence[float]) ->
 
 
 def _rows_beyond(module: pxd.ModuleDelta, covered: int) -> pxd.Array:
-    part = module.full[covered:] if module.full is not None else module.tail
-    if part is None:
+    tail = module.full[covered:] if module.full is not None else module.tail
+    if tail is None:
         raise pxd.ShapeError(f"{module.name}: has no rows beyond the base")
-    return part
+    return tail
 
 
 def _untouched(modules: Sequence[pxd.ModuleDelta], weights: Sequence[float]) -> pxd.ModuleDelta | None:

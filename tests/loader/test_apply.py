@@ -113,7 +113,7 @@ def test_an_error_while_writing_puts_the_old_weights_back(
 ) -> None:
     model = Small()
     path = write_delta(tmp_path / "d.pxd", base_of(model))
-    plain, count = HostEngine._part_jobs, [0]
+    plain, count = HostEngine._storage_jobs, [0]
 
     def failing(self: HostEngine, *args: Any) -> Any:
         count[0] += 1
@@ -124,7 +124,7 @@ def test_an_error_while_writing_puts_the_old_weights_back(
             job()  # already written when the next one fails
         return iter(())
 
-    monkeypatch.setattr(HostEngine, "_part_jobs", failing)
+    monkeypatch.setattr(HostEngine, "_storage_jobs", failing)
     refused(model, path, OSError, "no more", undo=undo)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peraxis_format import Axis
-from peraxis_tools.compress.calibration.parts import halves, partition
+from peraxis_tools.compress.calibration.partition import halves, partition
 from peraxis_tools.compress.fit.choice import fit_matrices
 from peraxis_tools.compress.fit.fit import (
     FitOptions,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import peraxis_format as pxd
 from peraxis_tools import apply
 from peraxis_tools.compress import CompressOptions, OptionError, compress
-from peraxis_tools.compress.calibration.parts import partition
+from peraxis_tools.compress.calibration.partition import partition
 from peraxis_tools.compress.fit.layerwise import LayerwiseCalibration
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import evaluate

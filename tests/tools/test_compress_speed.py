@@ -13,7 +13,7 @@ from threadpoolctl import ThreadpoolController
 from peraxis_format import Axis
 from peraxis_tools.compress import compress
 from peraxis_tools.compress.calibration.generate import draw_tokens
-from peraxis_tools.compress.calibration.parts import pieces_of
+from peraxis_tools.compress.calibration.partition import pieces_of
 from peraxis_tools.compress.fit.gram import add_gram
 from peraxis_tools.compress.fit.moments.collector import TextBatches, TokenBatch
 from peraxis_tools.compress.fit.scales import fit_scales, start_component

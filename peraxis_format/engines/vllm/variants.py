@@ -90,7 +90,7 @@ class VariantStore:
             refuse_uncovered(self.model, file.manifest)
             _refuse_exact(file)
             placement = place(plain_tensors(self.model), file.manifest, views=views(self.model, file.manifest))
-            claim((part.view for parts in placement.values() for part in parts), self, _CLAIMED)
+            claim((shard.view for placed in placement.values() for shard in placed), self, _CLAIMED)
             check_base(file, placement, group=group if count > 1 else None)
             variant, kept = self._agreed(lambda: (self._read(name, file, placement), KeptFile(file)))
         self.remove(number)

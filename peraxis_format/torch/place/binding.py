@@ -26,7 +26,7 @@ __all__ = ["check_live", "is_sharded", "sharded_anywhere"]
 
 def is_sharded(placement: Placement, manifest: Manifest) -> bool:
     """Whether some module is only partly on this rank."""
-    return any(part.box != whole(entry.shape) for entry in manifest.modules for part in placement[entry.name])
+    return any(shard.box != whole(entry.shape) for entry in manifest.modules for shard in placement[entry.name])
 
 
 def check_live(
@@ -52,11 +52,11 @@ def check_live(
             except PxdError as failure:
                 raise _named(failure, manifest) from None
     bound = [entry for entry in manifest.modules if entry.base is not None and entry.name not in known]
-    local = [(entry, part) for entry in bound for part in placement[entry.name] if part.box == whole(entry.shape)]
-    piece = next((e for e in bound if any(part.box != whole(e.shape) for part in placement[e.name])), None)
+    local = [(entry, shard) for entry in bound for shard in placement[entry.name] if shard.box == whole(entry.shape)]
+    piece = next((e for e in bound if any(shard.box != whole(e.shape) for shard in placement[e.name])), None)
     error: BaseException | None = None
     try:
-        views = [part.view for _, part in local]
+        views = [shard.view for _, shard in local]
         with contextlib.closing(digests(views, device=ring.device, ring=ring, workers=workers)) as found:
             for (entry, _), digest in zip(local, found, strict=True):
                 check_base_digest(entry, digest)
@@ -93,7 +93,7 @@ def _named(failure: PxdError, manifest: Manifest) -> PxdError:
 
 
 def sharded_anywhere(*, here: bool, group: Any = None) -> bool:
-    """Whether any rank has only a part of a module, so that all ranks have to act together."""
+    """Whether any rank has only a piece of a module, so that all ranks have to act together."""
     return is_distributed() and any(Ranks(group).all_gather(here))
 
 
@@ -110,8 +110,8 @@ def _check_pieces(bound: Sequence[ModuleEntry], placement: Placement, group: Any
     for name, layout in layouts.items():
         layout.check_complete(name, "check `shards`")  # equal on all ranks
     for turn, entry in enumerate(pieces):
-        layout, part = layouts[entry.name], placement[entry.name][0]
-        digest = assembled_digest(ranks, turn % ranks.count, layout, part, entry.dtype, failure)
+        layout, shard = layouts[entry.name], placement[entry.name][0]
+        digest = assembled_digest(ranks, turn % ranks.count, layout, shard, entry.dtype, failure)
         with failure:
             if digest is not None:
                 check_base_digest(entry, digest)

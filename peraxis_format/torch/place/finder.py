@@ -16,7 +16,7 @@ from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_part", "named", "tied_tensors"]
+__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_shard", "named", "tied_tensors"]
 
 # Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
@@ -62,22 +62,22 @@ class Finder:
         return finder
 
     def find(self, name: str, entry: ModuleEntry) -> list[ShardView]:
-        """The parts of a checkpoint tensor; empty if the model lacks it."""
+        """The shards of a checkpoint tensor; empty if the model lacks it."""
         if name in self.views:
             given = self.views[name]
             if isinstance(given, Tensor):
                 return [ShardView(whole(entry.shape), given)]
             return [given] if isinstance(given, ShardView) else list(given)
         if name in self.live:
-            return [self.part_of(self.live[name], name, entry)]
+            return [self.shard_of(self.live[name], name, entry)]
         found = list(self._rows(name))
         if not found and name in self.renamed:
             found = [ShardView(whole(entry.shape), self.renamed[name])]
         return found
 
-    def part_of(self, live: Tensor, name: str, entry: ModuleEntry) -> ShardView:
-        """A live tensor as the part of a checkpoint tensor, under its own name or that of an alias."""
-        return local_part(live, self._box(name, entry), name)
+    def shard_of(self, live: Tensor, name: str, entry: ModuleEntry) -> ShardView:
+        """A live tensor as the shard of a checkpoint tensor, under its own name or that of an alias."""
+        return local_shard(live, self._box(name, entry), name)
 
     def _box(self, name: str, entry: ModuleEntry) -> Box:
         box = whole(entry.shape)
@@ -111,8 +111,8 @@ class Finder:
                 return
 
 
-def local_part(tensor: Tensor, box: Box, name: str) -> ShardView:
-    """The part in a live tensor: the tensor itself, or a DTensor's local shard. box: that of all ranks together."""
+def local_shard(tensor: Tensor, box: Box, name: str) -> ShardView:
+    """The shard in a live tensor: the tensor itself, or a DTensor's local shard. box: that of all ranks together."""
     placements = getattr(tensor, "placements", None)
     if placements is None:
         return ShardView(box, tensor)

@@ -81,7 +81,7 @@ def in_pieces(target: Target, shards: Mapping[str, Shard] | None) -> bool:
 
 
 def assembled(
-    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: KeptError
+    ranks: Ranks, owner: int, layout: Layout, shard: ShardView, dtype: DType, failure: KeptError
 ) -> Iterator[tuple[slice, Array | None]]:
     """Yield the flat ranges of a tensor, each with its weights: a writable storage array on the owner, None elsewhere.
 
@@ -93,7 +93,7 @@ def assembled(
     length = max(_STRETCH, -(-row // BLOCK) * BLOCK)  # so that a row is sent at most twice
     buffer: Tensor | None = None
     with failure:
-        buffer = _buffer(layout, dtype, rows=min(total // row, length // row + 2), device=part.view.device)
+        buffer = _buffer(layout, dtype, rows=min(total // row, length // row + 2), device=shard.view.device)
     room = ranks.all_gather(buffer is not None)
     if buffer is None or not all(room):
         return
@@ -101,33 +101,33 @@ def assembled(
         end = min(begin + length, total)
         rows = slice(begin // row, -(-end // row))
         found = _rows_on(
-            ranks, owner, layout, rows, mine=part.view, box=part.box, dtype=dtype, buffer=buffer, failure=failure
+            ranks, owner, layout, rows, mine=shard.view, box=shard.box, dtype=dtype, buffer=buffer, failure=failure
         )
         first = rows.start * row
         yield slice(begin, end), None if found is None else found.reshape(-1)[begin - first : end - first]
 
 
 def assembled_digest(
-    ranks: Ranks, owner: int, layout: Layout, part: ShardView, dtype: DType, failure: KeptError
+    ranks: Ranks, owner: int, layout: Layout, shard: ShardView, dtype: DType, failure: KeptError
 ) -> str | None:
     """The hex digest of a sharded tensor, on the owner; None elsewhere. failure: see `assembled`."""
     digest = hashlib.sha256()
-    for _, weights in assembled(ranks, owner, layout, part, dtype, failure):
+    for _, weights in assembled(ranks, owner, layout, shard, dtype, failure):
         with failure:
             if weights is not None:
                 digest.update(raw_bytes(weights))
     return digest.hexdigest() if ranks.rank == owner else None
 
 
-def sharded_digest(entry: ModuleEntry, part: ShardView, turn: int, group: Any) -> str:
+def sharded_digest(entry: ModuleEntry, shard: ShardView, turn: int, group: Any) -> str:
     """The hex digest of a sharded live tensor, on every rank; empty if copies of a piece differ. Collective."""
     ranks, failure = Ranks(group), KeptError()
-    boxes = ranks.all_gather({entry.name: part.box})
-    if odd_replica({entry.name: part}, boxes, ranks.all_gather) is not None:
+    boxes = ranks.all_gather({entry.name: shard.box})
+    if odd_replica({entry.name: shard}, boxes, ranks.all_gather) is not None:
         return ""
     layout = Layout.of(entry.shape, [each[entry.name] for each in boxes])
     owner = turn % ranks.count
-    mine = assembled_digest(ranks, owner, layout, part, entry.dtype, failure)
+    mine = assembled_digest(ranks, owner, layout, shard, entry.dtype, failure)
     found = ranks.all_gather(mine if failure.error is None else sendable(failure.error))
     raise_first(found, failure.error)
     digest: str = found[owner]
@@ -188,7 +188,7 @@ def flat_indices(local: NDArray[np.int64], box: Box, shape: Sequence[int]) -> ND
     if not box:
         return local
     inside = np.unravel_index(local, extent(box))
-    moved = tuple(part + begin for part, (begin, _) in zip(inside, box, strict=True))
+    moved = tuple(at + begin for at, (begin, _) in zip(inside, box, strict=True))
     return np.ravel_multi_index(moved, tuple(shape)).astype(np.int64)
 
 
@@ -198,9 +198,9 @@ def boxed_indices(
     """A mask of the flat indices of a tensor that are in a box, and these as flat indices within the box."""
     if not box:
         return np.ones(flat.size, np.bool_), flat
-    parts = np.unravel_index(flat, tuple(shape))
+    axes = np.unravel_index(flat, tuple(shape))
     within = np.ones(flat.size, np.bool_)
-    for part, (begin, end) in zip(parts, box, strict=True):
-        within &= (part >= begin) & (part < end)
-    moved = tuple(part[within] - begin for part, (begin, _) in zip(parts, box, strict=True))
+    for axis, (begin, end) in zip(axes, box, strict=True):
+        within &= (axis >= begin) & (axis < end)
+    moved = tuple(axis[within] - begin for axis, (begin, _) in zip(axes, box, strict=True))
     return within, np.ravel_multi_index(moved, extent(box)).astype(np.int64)

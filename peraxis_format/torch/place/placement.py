@@ -53,22 +53,22 @@ def place(
     placement: Placement = {}
     missing: list[str] = []
     for entry in manifest.modules:
-        parts = [part for name in names[entry.name] for part in finder.find(name, entry)]
-        if not parts:
+        placed = [shard for name in names[entry.name] for shard in finder.find(name, entry)]
+        if not placed:
             missing.append(entry.name)
             continue
-        placement[entry.name] = tuple(parts)
+        placement[entry.name] = tuple(placed)
     mixed = holds_the_dtype(placement, manifest.modules)
     for entry in manifest.modules:
         if entry.name in placement:
             placement[entry.name] = _distinct(
-                [_checked(entry, part, remedies, manifest, mixed=mixed) for part in placement[entry.name]]
+                [_checked(entry, shard, remedies, manifest, mixed=mixed) for shard in placement[entry.name]]
             )
     _refuse_composed(missing, finder, remedies)
     _refuse_missing(manifest, missing, remedies)
     _refuse_dropped(manifest, finder, placement, remedies)
-    for entry, part in _untied_copies(target, finder, placement):
-        placement[entry.name] += (_checked(entry, part, remedies, manifest, mixed=mixed),)
+    for entry, shard in _untied_copies(target, finder, placement):
+        placement[entry.name] += (_checked(entry, shard, remedies, manifest, mixed=mixed),)
     _refuse_shared(manifest, placement)
     return placement
 
@@ -88,9 +88,9 @@ def _refuse_quantised(target: Target) -> None:
         )
 
 
-def _checked(entry: ModuleEntry, part: ShardView, remedies: Remedies, manifest: Manifest, *, mixed: bool) -> ShardView:
-    """The part, in the base's dtype if the live model has a wider one."""
-    name, view = entry.name, part.view
+def _checked(entry: ModuleEntry, shard: ShardView, remedies: Remedies, manifest: Manifest, *, mixed: bool) -> ShardView:
+    """The shard, in the base's dtype if the live model has a wider one."""
+    name, view = entry.name, shard.view
     if type(view) not in (Tensor, nn.Parameter, nn.Buffer):
         raise LiveModelError(
             f"{name}: {type(view).__name__} is not a plain tensor; apply before quantising or wrapping"
@@ -98,19 +98,19 @@ def _checked(entry: ModuleEntry, part: ShardView, remedies: Remedies, manifest: 
     if view.device.type == "meta":
         raise LiveModelError(f"{name}: on the meta device, without storage; load the weights first")
     if mixed and is_widened(entry, view):
-        part = narrowed(entry, part)
-    _check(entry, part, remedies, manifest)
-    return part
+        shard = narrowed(entry, shard)
+    _check(entry, shard, remedies, manifest)
+    return shard
 
 
-def _check(entry: ModuleEntry, part: ShardView, remedies: Remedies, manifest: Manifest) -> None:
+def _check(entry: ModuleEntry, shard: ShardView, remedies: Remedies, manifest: Manifest) -> None:
     """Check that the live tensor is the base's (SPEC 7.2), and that the fine-tuned one fits into its storage."""
-    name, view = entry.name, part.view
+    name, view = entry.name, shard.view
     dtype = dtype_of(view, name)
-    local = extent(part.box)
+    local = extent(shard.box)
     base = entry.base
     if base is not None:
-        fits = part.box == whole(entry.shape) and base.shape != entry.shape
+        fits = shard.box == whole(entry.shape) and base.shape != entry.shape
         expected = base.shape if fits else local
         if dtype is not base.dtype and tuple(view.shape) == expected:
             if entry.dtype is not base.dtype:  # in no dtype of the live model is it both
@@ -151,17 +151,17 @@ def _untied_copies(target: Target, finder: Finder, placement: Placement) -> Iter
     """
     if not isinstance(target, nn.Module):
         return
-    places = {storage_key(part.live): name for name, parts in placement.items() for part in parts}
+    places = {storage_key(shard.live): name for name, placed in placement.items() for shard in placed}
     for copy, source in tied_tensors(target):
         key = storage_key(own_piece(source))
         if key in places and storage_key(own_piece(copy)) not in places:
             entry = finder.entries[places[key]]
-            yield entry, finder.part_of(copy, entry.name, entry)
+            yield entry, finder.shard_of(copy, entry.name, entry)
 
 
-def _distinct(parts: Sequence[ShardView]) -> tuple[ShardView, ...]:
-    """The parts with distinct storages; tied tensors share one."""
-    return tuple({(part.box, storage_key(part.live)): part for part in parts}.values())
+def _distinct(placed: Sequence[ShardView]) -> tuple[ShardView, ...]:
+    """The shards with distinct storages; tied tensors share one."""
+    return tuple({(shard.box, storage_key(shard.live)): shard for shard in placed}.values())
 
 
 def _refuse_composed(missing: list[str], finder: Finder, remedies: Remedies) -> None:
@@ -189,7 +189,7 @@ def _refuse_missing(manifest: Manifest, missing: list[str], remedies: Remedies) 
 def _refuse_dropped(manifest: Manifest, finder: Finder, placement: Placement, remedies: Remedies) -> None:
     # A checkpoint without the head of a tied model has all of it: the model ties the head itself, so its storage is
     # that of a module, and is written with it.
-    held = {storage_key(part.live) for parts in placement.values() for part in parts}
+    held = {storage_key(shard.live) for placed in placement.values() for shard in placed}
     live = {name: finder.live[name] for name in manifest.dropped if name in finder.live}
     left = [name for name, tensor in live.items() if storage_key(own_piece(tensor)) not in held]
     if left:
@@ -204,10 +204,10 @@ def _refuse_shared(manifest: Manifest, placement: Placement) -> None:
     """Raise LiveModelError if two different modules share one storage."""
     held: dict[tuple[Any, ...], ModuleEntry] = {}
     for entry in manifest.modules:
-        for part in placement[entry.name]:
-            if math.prod(part.view.shape) == 0:
+        for shard in placement[entry.name]:
+            if math.prod(shard.view.shape) == 0:
                 continue
-            other = held.setdefault(storage_key(part.live), entry)
+            other = held.setdefault(storage_key(shard.live), entry)
             if other is not entry and _content(other) != _content(entry):
                 raise LiveModelError(
                     f"{entry.name} and {other.name} share storage in the live model but differ in the fine-tune; "

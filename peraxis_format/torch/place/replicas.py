@@ -37,28 +37,28 @@ class OddReplica:
 
 
 def check_replicas(
-    parts: Mapping[str, ShardView], boxes: Sequence[Mapping[str, Box]], gather: Callable[[Any], list[Any]]
+    placed: Mapping[str, ShardView], boxes: Sequence[Mapping[str, Box]], gather: Callable[[Any], list[Any]]
 ) -> None:
     """Raise BindingError (E404), on all ranks, if copies of a piece differ. Arguments: see odd_replica."""
-    odd = odd_replica(parts, boxes, gather)
+    odd = odd_replica(placed, boxes, gather)
     if odd is not None:
         detail = f"rank {odd.rank} has other weights than rank {odd.other}, which has the same piece; load it again"
         fail("E404", detail, field=odd.name)  # SPEC 7.3
 
 
 def odd_replica(
-    parts: Mapping[str, ShardView], boxes: Sequence[Mapping[str, Box]], gather: Callable[[Any], list[Any]]
+    placed: Mapping[str, ShardView], boxes: Sequence[Mapping[str, Box]], gather: Callable[[Any], list[Any]]
 ) -> OddReplica | None:
     """The first copy of a piece that differs from the first rank's. Collective, with one result on all ranks.
 
-    parts: this rank's pieces by name, equal names on all ranks. boxes: those of every rank. gather: the values of all
+    placed: this rank's pieces by name, equal names on all ranks. boxes: those of every rank. gather: the values of all
     ranks, in rank order.
     """
     digests: dict[str, str] = {}
     jobs = [
-        partial(_hash, name, part.view.detach(), digests)
-        for name, part in parts.items()
-        if part.view.numel() and sum(each[name] == part.box for each in boxes) > 1
+        partial(_hash, name, shard.view.detach(), digests)
+        for name, shard in placed.items()
+        if shard.view.numel() and sum(each[name] == shard.box for each in boxes) > 1
     ]
     failure: BaseException | None = None
     try:
@@ -67,7 +67,7 @@ def odd_replica(
         failure = error
     found = gather(digests if failure is None else sendable(failure))
     raise_first(found, failure)
-    for name in parts:
+    for name in placed:
         first: dict[Box, int] = {}
         for rank, each in enumerate(found):
             if name not in each:

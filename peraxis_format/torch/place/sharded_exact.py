@@ -40,14 +40,14 @@ class ExactPiece:
 
     name: str
     dtype: DType
-    part: ShardView
+    shard: ShardView
     places: Tensor
     values: Tensor
 
     @classmethod
-    def cut(cls, entry: ModuleEntry, part: ShardView, changes: Changes) -> ExactPiece:
-        """The changes of a tensor within a part's box."""
-        return cls(entry.name, entry.dtype, part, *in_box(changes, part.box, entry.shape))
+    def cut(cls, entry: ModuleEntry, shard: ShardView, changes: Changes) -> ExactPiece:
+        """The changes of a tensor within a shard's box."""
+        return cls(entry.name, entry.dtype, shard, *in_box(changes, shard.box, entry.shape))
 
     @property
     def nbytes(self) -> int:
@@ -56,14 +56,14 @@ class ExactPiece:
 
     def on(self, base: Tensor) -> Tensor:
         """The piece's new weights: a contiguous tensor on the device of the live weights."""
-        new = base.detach().to(self.part.view.device).clone(memory_format=torch.contiguous_format)
+        new = base.detach().to(self.shard.view.device).clone(memory_format=torch.contiguous_format)
         words_of(new).reshape(-1)[self.places.to(new.device)] = self.values.to(new.device)
         return new
 
     def write(self, base: Tensor) -> None:
         """Write the new weights to the live storage."""
-        self.part.view.copy_(self.on(base))
-        self.part.publish()
+        self.shard.view.copy_(self.on(base))
+        self.shard.publish()
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def exact_pieces(
 ) -> tuple[ExactPiece, ...]:
     """Decode and check every sharded exact tensor of a file. Collective: all ranks call it, and all raise the error.
 
-    placement: whose weights have been checked to be the base's. base_of: the base's weights of a part. Raises PxdError
+    placement: whose weights have been checked to be the base's. base_of: the base's weights of a shard. Raises PxdError
     (a damaged file, E405), LiveModelError.
     """
     ranks, failure = Ranks(group), KeptError()
@@ -90,8 +90,8 @@ def exact_pieces(
             base = ShardView(first.box, base_of(first))
         changes = ranks.broadcast(sharded_changes(ranks, owner, file, entry, layout, base, failure), rank=owner)
         with failure:
-            parts = (part for part in placement[entry.name] if part.box != whole(entry.shape))
-            pieces += [ExactPiece.cut(entry, part, changes) for part in parts]
+            placed = (shard for shard in placement[entry.name] if shard.box != whole(entry.shape))
+            pieces += [ExactPiece.cut(entry, shard, changes) for shard in placed]
     with located(file.path):
         agree(failure.error, ranks.group)
     return tuple(piece for piece in pieces if len(piece.places))
@@ -103,19 +103,19 @@ def sharded_changes(
     file: DeltaFile,
     entry: ModuleEntry,
     layout: Layout,
-    part: ShardView,
+    shard: ShardView,
     failure: KeptError,
 ) -> Changes:
     """Decode and check a tensor on its owner. Returns the changes there; nothing on the other ranks, or on an error.
 
-    Collective. part: this rank's piece. For other encodings only the digest of the base is checked.
+    Collective. shard: this rank's piece. For other encodings only the digest of the base is checked.
     """
     module: ModuleDelta | None = None
     with failure:
         module = file.load(entry.name) if ranks.rank == owner and entry.encoding is Encoding.EXACT else None
     digest = hashlib.sha256()
     changes: list[tuple[NDArray[np.int64], Array]] = []
-    for flat, weights in assembled(ranks, owner, layout, part, entry.dtype, failure):
+    for flat, weights in assembled(ranks, owner, layout, shard, entry.dtype, failure):
         if weights is None or failure.error is not None:
             continue
         with failure:

@@ -1,9 +1,9 @@
 """A checkpoint tensor is a box of indices, [0, d0) x [0, d1) x ...; a ShardView gives the place of a box.
 
-    plain            one part, the whole box, the parameter itself
-    tied             one part for each distinct storage among the module and its aliases (usually one)
-    fused            one part, the whole box, a slice of the fused parameter (qkv_proj, gate_up_proj, experts)
-    sharded          one part, this rank's box, the local tensor (DTensor, or `shards` for plain local tensors)
+    plain            one shard, the whole box, the parameter itself
+    tied             one shard for each distinct storage among the module and its aliases (usually one)
+    fused            one shard, the whole box, a slice of the fused parameter (qkv_proj, gate_up_proj, experts)
+    sharded          one shard, this rank's box, the local tensor (DTensor, or `shards` for plain local tensors)
 
 The rest of the loader uses only this description of a model, which placement.py makes. Sharding along a dimension
 follows torch.chunk: pieces of ceil(d / n), the last ones shorter or empty.
@@ -111,19 +111,19 @@ def storage_key(view: Tensor) -> tuple[Any, ...]:
 def copy_aside(placement: Placement, *, host: bool = False, pinned: bool = False) -> dict[ShardView, Tensor]:
     """A contiguous copy of every live storage, on its device or in host memory, page-locked or not."""
     copies = {}
-    for parts in placement.values():
-        for part in parts:
-            view = part.view.detach()
+    for placed in placement.values():
+        for shard in placed:
+            view = shard.view.detach()
             if host or pinned:
-                copies[part] = torch.empty(view.shape, dtype=view.dtype, pin_memory=pinned).copy_(view)
+                copies[shard] = torch.empty(view.shape, dtype=view.dtype, pin_memory=pinned).copy_(view)
             else:
-                copies[part] = view.clone(memory_format=torch.contiguous_format)
+                copies[shard] = view.clone(memory_format=torch.contiguous_format)
     return copies
 
 
-def increment_versions(parts: Iterable[ShardView]) -> None:
+def increment_versions(placed: Iterable[ShardView]) -> None:
     """Increment torch's version counters, for autograd and cached digests, because torch does not see these writes."""
     with torch.no_grad():
-        for part in parts:
-            if not part.live.is_inference():
-                torch.autograd.graph.increment_version(part.live)
+        for shard in placed:
+            if not shard.live.is_inference():
+                torch.autograd.graph.increment_version(shard.live)

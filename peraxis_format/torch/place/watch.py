@@ -49,7 +49,7 @@ class LiveTensors:
 
     def add(self, placement: Placement) -> None:
         """Watch the tensors of a placement, from their present state on."""
-        wanted = {part.live.untyped_storage().data_ptr() for parts in placement.values() for part in parts}
+        wanted = {shard.live.untyped_storage().data_ptr() for placed in placement.values() for shard in placed}
         for name, holder, key in _names(self._target):
             tensor = holder[key]
             if tensor is None or name in self._slots:
@@ -57,17 +57,17 @@ class LiveTensors:
             local = _local(tensor)
             if local.device.type != "meta" and local.untyped_storage().data_ptr() in wanted:
                 self._slots[name] = _Slot(name, holder, key, tensor, local.data_ptr(), tensor.dtype)
-        self.remember(part for parts in placement.values() for part in parts if part not in self._versions)
+        self.remember(shard for placed in placement.values() for shard in placed if shard not in self._versions)
 
-    def remember(self, parts: Iterable[ShardView]) -> None:
+    def remember(self, placed: Iterable[ShardView]) -> None:
         """Record the present content of these storages as written by their owner."""
-        for part in parts:
-            if not part.live.is_inference():
-                self._versions[part] = part.live._version
+        for shard in placed:
+            if not shard.live.is_inference():
+                self._versions[shard] = shard.live._version
 
     def written(self) -> frozenset[ShardView]:
         """Storages that were written by other code than their owner."""
-        return frozenset(part for part, version in self._versions.items() if part.live._version != version)
+        return frozenset(shard for shard, version in self._versions.items() if shard.live._version != version)
 
     def check(self, *, overwrite: bool = False) -> None:
         """Raise LiveModelError if a tensor was replaced, or, unless `overwrite`, written by other code."""
@@ -77,15 +77,15 @@ class LiveTensors:
                     f"{slot.name}: the model has another tensor there since the variants were added (a new Parameter, "
                     "load_state_dict with assign=True, or a change of dtype or device); make a new VariantSwitch"
                 )
-        for part in () if overwrite else self.written():
+        for shard in () if overwrite else self.written():
             raise LiveModelError(
-                f"{self.name_of(part)}: was written since the last swap, which a swap would undo; "
+                f"{self.name_of(shard)}: was written since the last swap, which a swap would undo; "
                 "pass overwrite=True to discard these changes, or make a new VariantSwitch to keep them"
             )
 
-    def name_of(self, part: ShardView) -> str:
+    def name_of(self, shard: ShardView) -> str:
         """The name of a tensor in this storage."""
-        at = part.live.untyped_storage().data_ptr()
+        at = shard.live.untyped_storage().data_ptr()
         named = (slot.name for slot in self._slots.values() if _local(slot.tensor).untyped_storage().data_ptr() == at)
         return next(named, "a weight")
 

@@ -33,21 +33,21 @@ def is_widened(entry: ModuleEntry, view: Tensor) -> bool:
 def holds_the_dtype(found: Mapping[str, Iterable[ShardView]], entries: Iterable[ModuleEntry]) -> bool:
     """Whether some live tensor has the file's BF16 or F16; otherwise the whole model was loaded in another dtype."""
     return any(
-        part.view.dtype is TORCH_DTYPES[entry.dtype]
+        shard.view.dtype is TORCH_DTYPES[entry.dtype]
         for entry in entries
         if entry.dtype in _NARROW
-        for part in found.get(entry.name, ())
+        for shard in found.get(entry.name, ())
     )
 
 
 @torch.no_grad()
-def narrowed(entry: ModuleEntry, part: ShardView) -> ShardView:
-    """The part with a copy in the base's dtype as its view, and the live tensor as `wide`.
+def narrowed(entry: ModuleEntry, shard: ShardView) -> ShardView:
+    """The shard with a copy in the base's dtype as its view, and the live tensor as `wide`.
 
     Raises BindingError (E404) if there is a base and the live values are not exactly values of that dtype.
     """
-    wide = part.view.detach()
+    wide = shard.view.detach()
     view = wide.to(TORCH_DTYPES[entry.dtype], memory_format=torch.contiguous_format)
     if entry.base is not None and not torch.equal(view.float().view(torch.int32), wide.contiguous().view(torch.int32)):
         raise BindingError("E404", f"F32, with values that {entry.dtype.value} does not have", field=entry.name)
-    return ShardView(part.box, view, wide)
+    return ShardView(shard.box, view, wide)

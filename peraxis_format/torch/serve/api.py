@@ -238,7 +238,7 @@ def serve(
                     placement = place(model, file.manifest, views=views)
                     if is_sharded(placement, file.manifest):
                         raise LiveModelError("pieces of weights cannot be served on the fly; use VariantSwitch")
-                    claim((part.live for parts in placement.values() for part in parts), served, _CLAIMED)
+                    claim((shard.live for placed in placement.values() for shard in placed), served, _CLAIMED)
                     ring = ring or Ring(device_of(placement))
                     if ring.device.staged:
                         ring.reserve(TRANSFER_LIMIT)
@@ -280,8 +280,8 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
     """Add one variant's patches to the modules that own the parameters."""
     owners = Owners(served.model)
     check_pads(file)
-    for part in (part for parts in placement.values() for part in parts if part.wide is not None):
-        for module, _ in owners.of(part.live)[1]:
+    for shard in (shard for placed in placement.values() for shard in placed if shard.wide is not None):
+        for module, _ in owners.of(shard.live)[1]:
             served.state(module, widened=True)
     written = set()  # equal modules of the file may share a storage
     for name in file:
@@ -291,31 +291,31 @@ def _register(served: Served, index: int, file: DeltaFile, placement: Placement)
         delta = file.load(name)
         exact = _decoded(file, delta, placement[name][0]) if entry.encoding is Encoding.EXACT else None
         served.stored += file.payload_bytes(name) if exact is None else exact.nbytes
-        for part in placement[name]:
-            if storage_key(part.live) in written:
+        for shard in placement[name]:
+            if storage_key(shard.live) in written:
                 continue
-            written.add(storage_key(part.live))
-            where, found = owners.of(part.live)
+            written.add(storage_key(shard.live))
+            where, found = owners.of(shard.live)
             if not found:
                 raise LiveModelError(f"{name}: no module owns its storage; pass rows of a parameter in `views`")
-            patch = _patch(delta, part, where, exact)
+            patch = _patch(delta, shard, where, exact)
             for module, parameter in found:
                 if patch.region is not None and isinstance(module, nn.Linear | nn.Embedding):
                     raise LiveModelError(f"{name}: is not whole rows of a {type(module).__name__}; use VariantSwitch")
                 served.state(module).patches.setdefault(parameter, {}).setdefault(index, []).append(patch)
 
 
-def _decoded(file: DeltaFile, delta: ModuleDelta, part: ShardView) -> Tensor:
+def _decoded(file: DeltaFile, delta: ModuleDelta, shard: ShardView) -> Tensor:
     """The new weights of an exact module, checked (SPEC 7.4), on the device of the base."""
     with located(file.path):
-        ranges = [new for _, new in proven(file.entry(delta.name), part.view, delta)]
+        ranges = [new for _, new in proven(file.entry(delta.name), shard.view, delta)]
     return torch.cat(ranges).reshape(delta.shape)
 
 
-def _patch(delta: ModuleDelta, part: ShardView, where: Where, exact: Tensor | None = None) -> Patch:
+def _patch(delta: ModuleDelta, shard: ShardView, where: Where, exact: Tensor | None = None) -> Patch:
     """exact: the new weights of an exact module."""
     begin, end, region = where
-    view = part.view
+    view = shard.view
     if exact is not None:
         return Patch(begin, end, full=exact.to(view.device), region=region)
     if delta.full is not None:

@@ -35,7 +35,7 @@ class LinearKernels:
         return MANY_ROWS
 
     def single(self, module: nn.Linear, state: State, x: Tensor, variant: int) -> Tensor | None:
-        """A batch of one row: base and components in one pass. None for parts of a fused weight."""
+        """A batch of one row: base and components in one pass. None for slices of a fused weight."""
         ranges = self._tables(module, state)
         if len(ranges) != 1 or ranges[0].end - ranges[0].begin != module.out_features:
             return None

@@ -104,14 +104,14 @@ class TorchProducts:
         """Add components in binary32, rounded once."""
         weights, biases = state.patches.get("weight", {}), state.patches.get("bias", {})
         span = batch.span(variants)
-        part = x[span]
-        total = torch.zeros(len(part), module.out_features, device=x.device)
+        inputs = x[span]
+        total = torch.zeros(len(inputs), module.out_features, device=x.device)
         products, first = [], 0
         for v in variants:
             mine = slice(first, first + len(batch.groups[v]))
             if v in biases:
                 total[mine] += state.parameter(module, "bias", v).detach().float()
-            products += [(part[mine], p.factors, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
+            products += [(inputs[mine], p.factors, total[mine, p.begin : p.end]) for p in weights.get(v, ())]
             first = mine.stop
         signed_matmul(products, backend=_chosen(module.weight, self._backend))
         out[span] = total.add_(out[span]).to(out.dtype)
@@ -138,14 +138,14 @@ def _merged(
         step = max(1, _BLOCK // weight.shape[1]) if patch is not None and patch.factors else end - begin
         for first in range(begin, end, step):
             rows = slice(first, min(first + step, end))
-            part = weight[rows]
+            block = weight[rows]
             if patch is not None and patch.full is not None:
-                part = patch.full
+                block = patch.full
             elif patch is not None:
                 inner = slice(first - patch.begin, rows.stop - patch.begin)
-                where = scratch.rows(len(part), part) if backend == "numba" else None
-                part = rebuild_tensor(part, [term.part(inner) for term in patch.factors], out=where, backend=backend)
-            out[:, rows] = functional.linear(x, part, None if bias is None else bias[rows])
+                where = scratch.rows(len(block), block) if backend == "numba" else None
+                block = rebuild_tensor(block, [term.part(inner) for term in patch.factors], out=where, backend=backend)
+            out[:, rows] = functional.linear(x, block, None if bias is None else bias[rows])
     return out
 
 

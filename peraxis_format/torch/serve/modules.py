@@ -106,17 +106,17 @@ class State:
             return base
         out = base.detach().clone()
         for patch in patches:
-            part, target = patch.of(base.detach()), patch.of(out)
+            source, target = patch.of(base.detach()), patch.of(out)
             if patch.full is not None:
                 target.copy_(patch.full)
                 continue
-            part = part.to(patch.dtype)
+            source = source.to(patch.dtype)
             if patch.batch:
-                matrices = part.reshape(-1, *part.shape[-2:])
+                matrices = source.reshape(-1, *source.shape[-2:])
                 merged = [rebuild_tensor(matrix, terms) for matrix, terms in zip(matrices, patch.batch, strict=True)]
-                target.copy_(torch.stack(merged).reshape(part.shape))
+                target.copy_(torch.stack(merged).reshape(source.shape))
             else:
-                target.copy_(rebuild_tensor(part, patch.factors))
+                target.copy_(rebuild_tensor(source, patch.factors))
         return out
 
 

@@ -143,7 +143,7 @@ class _Opened:
     ring: Ring
 
     def payload(self, pieces: tuple[ExactPiece, ...], pool: ThreadPool) -> Payload:
-        """The payload in pinned memory. pieces: the exact parts of a sharded model."""
+        """The payload in pinned memory. pieces: the exact tensors of a sharded model."""
         return Payload(
             self.file,
             self.transfers,
@@ -167,7 +167,7 @@ def _open(
     """Open a delta and place its tensors; `stack` closes the file and gives the live tensors back. Not collective."""
     file = delta if isinstance(delta, DeltaFile) else stack.enter_context(DeltaFile(delta))
     placement = place(target, file.manifest, views=views, shards=shards)
-    stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
+    stack.enter_context(writing(shard.live for placed in placement.values() for shard in placed))
     device = device_of(placement)
     transfers = cut_transfers(file, placement, limit=TRANSFER_LIMIT)
     ring = Ring(device)
@@ -175,8 +175,8 @@ def _open(
     return _Opened(file=file, placement=placement, device=device, transfers=transfers, ring=ring)
 
 
-def _view(part: ShardView) -> Tensor:
-    return part.view
+def _view(shard: ShardView) -> Tensor:
+    return shard.view
 
 
 def _copies(
@@ -190,7 +190,7 @@ def _copies(
     if where == "device":
         return kept, kept
     return kept, {
-        part: part.view if part.view.is_contiguous() else old.to(part.view.device) for part, old in kept.items()
+        shard: shard.view if shard.view.is_contiguous() else old.to(shard.view.device) for shard, old in kept.items()
     }
 
 
@@ -213,10 +213,10 @@ def _all_or_none(write: Callable[[], None], kept: Mapping[ShardView, Tensor], *,
 
 def _restore(kept: Mapping[ShardView, Tensor], error: BaseException) -> None:
     failure: BaseException | None = None
-    for part, old in kept.items():
+    for shard, old in kept.items():
         try:
-            part.view.copy_(old)
-            part.publish()
+            shard.view.copy_(old)
+            shard.publish()
         except BaseException as again:
             failure = failure or again
     if failure is not None:

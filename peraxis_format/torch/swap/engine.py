@@ -28,7 +28,7 @@ from peraxis_format.torch.swap.transfer_plan import ModuleSlice, Transfer, piece
 
 __all__ = ["TritonEngine", "Engine", "HostEngine", "engine_for"]
 
-_PARTS: Final = 4  # ranges of jobs for each thread, so that no thread has one long job at the end
+_RANGES: Final = 4  # ranges of jobs for each thread, so that no thread has one long job at the end
 
 if TYPE_CHECKING:
     from peraxis_format.ops.rebuild.triton import Launch, StoredModule
@@ -60,7 +60,7 @@ class HostEngine:
     def write(self, transfer: Transfer, buffer: Tensor) -> None:
         place, jobs = self._prepared.get(transfer, (0, []))
         if place == buffer.data_ptr():
-            self._workers.run(_in_turn(part) for part in _parts(jobs, _PARTS * self._workers.count))
+            self._workers.run(_in_turn(some) for some in _ranges(jobs, _RANGES * self._workers.count))
         else:
             self._workers.run(self._jobs(transfer, storage_array(buffer)))
         _publish(transfer)
@@ -68,10 +68,10 @@ class HostEngine:
     def _jobs(self, transfer: Transfer, buffer: Array) -> Iterator[Callable[[], None]]:
         for slice_ in transfer.modules:
             module = piece(slice_, buffer)
-            for part in slice_.views:
-                yield from self._part_jobs(module, self.bases[part], part.view)
+            for shard in slice_.views:
+                yield from self._storage_jobs(module, self.bases[shard], shard.view)
 
-    def _part_jobs(self, module: ModuleDelta, base: Tensor, live: Tensor) -> Iterator[Callable[[], None]]:
+    def _storage_jobs(self, module: ModuleDelta, base: Tensor, live: Tensor) -> Iterator[Callable[[], None]]:
         out = storage_array(live)
         if module.full is not None:
             full = module.full
@@ -102,10 +102,10 @@ class TritonEngine:
         self._launches = {transfer: _launches(transfer, bases, device) for transfer in transfers}
         self._copies = {transfer: list(_copies(transfer)) for transfer in transfers}
         strided = {transfer: list(_signs(transfer, contiguous=False)) for transfer in transfers}
-        sizes = [part.view.nbytes for items in strided.values() for _, part in items]
+        sizes = [shard.view.nbytes for items in strided.values() for _, shard in items]
         buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
         self._strided = {
-            transfer: [_beside(slice_, bases[part], part.view, buffer) for slice_, part in items]
+            transfer: [_beside(slice_, bases[shard], shard.view, buffer) for slice_, shard in items]
             for transfer, items in strided.items()
         }
 
@@ -114,9 +114,9 @@ class TritonEngine:
             launch.run(buffer)
         for slice_, offset, view in self._copies[transfer]:
             view.copy_(tensor_view(buffer, offset, slice_.entry.dtype, slice_.shape), non_blocking=True)
-        for slice_, part in _exact(transfer):
+        for slice_, shard in _exact(transfer):
             index, data = (buffer[field.offset : field.offset + field.size] for field in slice_.fields[:2])
-            decode_into(part.view, self.bases[part], index.view(torch.int32), data, slice_.entry.dtype)
+            decode_into(shard.view, self.bases[shard], index.view(torch.int32), data, slice_.entry.dtype)
         for beside, out, view in self._strided[transfer]:
             for launch in beside:
                 launch.run(buffer)
@@ -153,7 +153,7 @@ def _compile(transfers: Sequence[Transfer]) -> None:
         compile_for(dtype, dtype, components)
 
 
-def _parts(jobs: Sequence[Callable[[], None]], count: int) -> Iterator[Sequence[Callable[[], None]]]:
+def _ranges(jobs: Sequence[Callable[[], None]], count: int) -> Iterator[Sequence[Callable[[], None]]]:
     """At most `count` ranges of about equal length, because passing a job to a thread costs as much as a small job."""
     step = -(-len(jobs) // count) or 1
     for begin in range(0, len(jobs), step):
@@ -170,28 +170,28 @@ def _in_turn(jobs: Sequence[Callable[[], None]]) -> Callable[[], None]:
 
 def _publish(transfer: Transfer) -> None:
     for slice_ in transfer.modules:
-        for part in slice_.views:
-            part.publish()
+        for shard in slice_.views:
+            shard.publish()
 
 
 def _copies(transfer: Transfer) -> Iterator[tuple[ModuleSlice, int, Tensor]]:
     for slice_ in transfer.modules:
         if slice_.entry.encoding is Encoding.FULL:
-            for part in slice_.views:
-                yield slice_, slice_.fields[0].offset, part.view
+            for shard in slice_.views:
+                yield slice_, slice_.fields[0].offset, shard.view
 
 
 def _signs(transfer: Transfer, *, contiguous: bool) -> Iterator[tuple[ModuleSlice, ShardView]]:
     """The `sign` modules of a transfer with their storages that are contiguous, or those that are not."""
     for slice_ in transfer.modules:
         if slice_.entry.encoding is Encoding.SIGN:
-            yield from ((slice_, part) for part in slice_.views if part.view.is_contiguous() is contiguous)
+            yield from ((slice_, shard) for shard in slice_.views if shard.view.is_contiguous() is contiguous)
 
 
 def _exact(transfer: Transfer) -> Iterator[tuple[ModuleSlice, ShardView]]:
     for slice_ in transfer.modules:
         if slice_.entry.encoding is Encoding.EXACT:
-            yield from ((slice_, part) for part in slice_.views)
+            yield from ((slice_, shard) for shard in slice_.views)
 
 
 def _stored(slice_: ModuleSlice, base: Tensor, out: Tensor) -> StoredModule:
@@ -207,7 +207,7 @@ def _launches(transfer: Transfer, bases: Mapping[ShardView, Tensor], device: tor
     from peraxis_format.ops.rebuild.triton import launches
 
     items = _signs(transfer, contiguous=True)
-    return list(launches([_stored(slice_, bases[part], part.view) for slice_, part in items], device))
+    return list(launches([_stored(slice_, bases[shard], shard.view) for slice_, shard in items], device))
 
 
 def _beside(slice_: ModuleSlice, base: Tensor, view: Tensor, buffer: Tensor) -> tuple[list[Launch], Tensor, Tensor]:

@@ -70,10 +70,10 @@ def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[C
     """target: page-aligned, a whole number of pages. origin: its offset in the file, a multiple of the page."""
 
     def job(begin: int) -> None:
-        part = target[begin : begin + _READ]
+        window = target[begin : begin + _READ]
         done = 0
-        while done < len(part):
-            count = os.preadv(descriptor, [part[done:]], origin + begin + done)
+        while done < len(window):
+            count = os.preadv(descriptor, [window[done:]], origin + begin + done)
             done += count
             if count == 0 or count % ALIGN:
                 return  # the end of the file is in this page; a shorter file fails its digests
@@ -84,25 +84,25 @@ def _direct_jobs(descriptor: int, origin: int, target: memoryview) -> Iterator[C
 def _read_jobs(delta: DeltaFile, runs: Sequence[ByteRange], target: memoryview) -> Iterator[Callable[[], None]]:
     """Split long ranges and join short ones, so that a job reads about _READ bytes."""
 
-    def job(parts: list[tuple[int, int, int]]) -> Callable[[], None]:
+    def job(reads: list[tuple[int, int, int]]) -> Callable[[], None]:
         def read() -> None:
-            for source, at, size in parts:
+            for source, at, size in reads:
                 delta.read_into(target[at : at + size], source)
 
         return read
 
-    parts: list[tuple[int, int, int]] = []
+    reads: list[tuple[int, int, int]] = []
     size = 0
     for run in runs:
         for begin in range(0, run.size, _READ):
             length = min(_READ, run.size - begin)
-            parts.append((run.source + begin, run.target + begin, length))
+            reads.append((run.source + begin, run.target + begin, length))
             size += length
             if size >= _READ:
-                yield job(parts)
-                parts, size = [], 0
-    if parts:
-        yield job(parts)
+                yield job(reads)
+                reads, size = [], 0
+    if reads:
+        yield job(reads)
 
 
 def _check_transfer(delta: DeltaFile, transfer: Transfer, buffer: Tensor, workers: ThreadPool) -> None:
@@ -137,14 +137,14 @@ def _prove_transfer(
 ) -> None:
     """Check the results of a transfer's exact modules (SPEC 7.4), whose base has been checked.
 
-    base_of: the base's weights of a part. Raises BindingError (E405) with the tensor's name.
+    base_of: the base's weights of a shard. Raises BindingError (E405) with the tensor's name.
     """
     array = storage_array(buffer)
 
-    def prove(slice_: ModuleSlice, part: ShardView) -> Callable[[], None]:
+    def prove(slice_: ModuleSlice, shard: ShardView) -> Callable[[], None]:
         def run() -> None:
-            base = base_of(part)
-            with torch.no_grad(), current_device(part.view.device):
+            base = base_of(shard)
+            with torch.no_grad(), current_device(shard.view.device):
                 for _ in proven(slice_.entry, base, piece(slice_, array)):
                     pass
 
@@ -152,10 +152,10 @@ def _prove_transfer(
 
     with located(delta.path):
         workers.run(
-            prove(slice_, part)
+            prove(slice_, shard)
             for slice_ in transfer.modules
             if slice_.entry.encoding is Encoding.EXACT
-            for part in slice_.views
+            for shard in slice_.views
         )
 
 
@@ -207,7 +207,7 @@ class Payload:
         pieces: tuple[ExactPiece, ...] = (),
         direct: bool = False,
     ) -> None:
-        """base_of: the base's weights of a part, which have been checked. pieces: those of sharded exact modules."""
+        """base_of: the base's weights of a shard, which have been checked. pieces: those of sharded exact modules."""
         self.delta = delta
         self.pieces = pieces
         self.direct = _open_direct(delta) if direct else None

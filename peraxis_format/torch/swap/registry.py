@@ -41,7 +41,7 @@ _ROOM: Final = 0.9  # share of the free memory that a second copy of the weights
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registered:
-    """A variant that is ready for use. owned: the file was opened here. parts: the storages that it changes; weights:
+    """A variant that is ready for use. owned: the file was opened here. changed: the storages that it changes; weights:
     their size in bytes. engine: rebuilds it from the base; with base="undo" there is a log instead. sharded: whether
     several ranks write it together.
     """
@@ -53,7 +53,7 @@ class Registered:
     payload: Payload
     engine: Engine | None
     log: UndoLog | None
-    parts: frozenset[ShardView]
+    changed: frozenset[ShardView]
     weights: int
     sharded: bool
 
@@ -89,7 +89,7 @@ class Registry:
         self._model = model
         self.base_place = base
         self._views, self._shards = views, shards
-        self._parts: dict[Any, ShardView] = {}
+        self._seen: dict[Any, ShardView] = {}
         self.in_place = InPlace(self.workers) if base == "undo" else None
         self._checked: dict[str, str] = {}  # with base="undo": hex digests of the base's tensors, by name
         self.live = LiveTensors(model)
@@ -127,9 +127,9 @@ class Registry:
         """Raise LiveModelError if a tensor was replaced, or written by other code and that is not allowed."""
         undo = self.base_place == "undo"
         self.live.check(overwrite=overwrite or undo)
-        for part in self.live.written() if undo else ():
+        for shard in self.live.written() if undo else ():
             raise LiveModelError(
-                f'{self.live.name_of(part)}: was written since the last swap, and base="undo" keeps no copy of the '
+                f'{self.live.name_of(shard)}: was written since the last swap, and base="undo" keeps no copy of the '
                 "base; load the base again and make a new VariantSwitch"
             )
 
@@ -153,7 +153,7 @@ class Registry:
         with together(self.group, sharded=is_distributed()):
             self.check_tensors(overwrite=True)
             found = place(self._model, file.manifest, views=self._views, shards=self._shards)
-            claim((part.live for parts in found.values() for part in parts), self, _CLAIMED)
+            claim((shard.live for placed in found.values() for shard in placed), self, _CLAIMED)
             device, ring = self._prepared(found)
             chosen = _residency(residency, device, undo=self.base_place == "undo")
             if direct and chosen != "file":
@@ -199,9 +199,11 @@ class Registry:
             device=payload.size if chosen == "gpu" else 0,
         )
         slices = (slice_ for transfer in transfers for slice_ in transfer.modules)
-        parts = frozenset((*(part for slice_ in slices for part in slice_.views), *(piece.part for piece in pieces)))
-        weights = sum(part.view.nbytes for part in parts)
-        return Registered(variant, file, owned, placement, payload, engine, log, parts, weights, sharded)
+        changed = frozenset(
+            (*(shard for slice_ in slices for shard in slice_.views), *(piece.shard for piece in pieces))
+        )
+        weights = sum(shard.view.nbytes for shard in changed)
+        return Registered(variant, file, owned, placement, payload, engine, log, changed, weights, sharded)
 
     def _prepared(self, placement: Placement) -> tuple[Device, Ring]:
         if self.device is None or self.ring is None:
@@ -210,15 +212,15 @@ class Registry:
             if self.base_place == "pinned" and self.device.torch_device.type != "cuda":
                 raise DeviceError('base="pinned" needs a CUDA device; on the CPU the base is in host memory anyway')
             if self.base_place == "auto":
-                needed = sum(part.view.nbytes for parts in placement.values() for part in parts)
+                needed = sum(shard.view.nbytes for placed in placement.values() for shard in placed)
                 self.base_place = "device" if needed <= _ROOM * self.device.free_memory() else "pinned"
         return self.device, self.ring
 
     def _known(self, placement: Placement) -> Placement:
         """The placement with one ShardView per storage for all variants."""
         return {
-            name: tuple(self._parts.setdefault((part.box, storage_key(part.live)), part) for part in parts)
-            for name, parts in placement.items()
+            name: tuple(self._seen.setdefault((shard.box, storage_key(shard.live)), shard) for shard in placed)
+            for name, placed in placement.items()
         }
 
     def _check(self, file: DeltaFile, placement: Placement, ring: Ring) -> None:
@@ -227,8 +229,8 @@ class Registry:
         With base="undo" there are no copies, but digests of the tensors that were checked before the first swap.
         """
         pristine = {
-            name: tuple(ShardView(part.box, self.bases.get(part, part.view)) for part in parts)
-            for name, parts in placement.items()
+            name: tuple(ShardView(shard.box, self.bases.get(shard, shard.view)) for shard in placed)
+            for name, placed in placement.items()
         }
         with located(file.path):
             check_live(
@@ -240,20 +242,20 @@ class Registry:
             tied = file.manifest.tied
             self._checked |= {alias: self._checked[name] for name, alias in tied if name in self._checked}
 
-    def _base_of(self, part: ShardView) -> Tensor:
-        """The base's weights of a part, whatever variant the model is. With base="undo" they are computed."""
+    def _base_of(self, shard: ShardView) -> Tensor:
+        """The base's weights of a shard, whatever variant the model is. With base="undo" they are computed."""
         if self.in_place is not None:
-            return self.in_place.base_of(part)
-        return self.bases.get(part, part.view)
+            return self.in_place.base_of(shard)
+        return self.bases.get(shard, shard.view)
 
     def _anywhere_sharded(self, file: DeltaFile, placement: Placement) -> bool:
         return sharded_anywhere(here=is_sharded(placement, file.manifest), group=self.group)
 
     def _keep_base(self, placement: Placement) -> None:
-        new = {name: tuple(p for p in parts if p not in self.bases) for name, parts in placement.items()}
+        new = {name: tuple(p for p in placed if p not in self.bases) for name, placed in placement.items()}
         copies = copy_aside(new, pinned=self.base_place == "pinned")
-        for part, base in copies.items():
-            inherit(base, part.view)
+        for shard, base in copies.items():
+            inherit(base, shard.view)
         self.bases.update(copies)
 
 

@@ -33,7 +33,7 @@ __all__ = ["stream"]
 def stream(payload: Payload, engine: Engine, *, device: Device, ring: Ring, workers: ThreadPool) -> None:
     """Upload every transfer of a payload and write it. Returns when the weights are written."""
     for piece in payload.pieces:
-        piece.write(engine.bases[piece.part])
+        piece.write(engine.bases[piece.shard])
     if payload.residency == "gpu":
         for index, transfer in enumerate(payload.transfers):
             engine.write(transfer, payload.buffer(index))

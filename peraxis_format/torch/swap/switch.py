@@ -211,9 +211,9 @@ class VariantSwitch:
         """Rebuild the target's weights from the base into live storage. Returns the bytes written."""
         if self._registry.in_place is not None:
             return self._write_in_place(target, self._registry.in_place)
-        parts = frozenset() if target is None else target.parts
-        restored = self._dirty - parts
-        touched = self._dirty | parts
+        changed = frozenset() if target is None else target.changed
+        restored = self._dirty - changed
+        touched = self._dirty | changed
         registry = self._registry
         # Set before the first write: from here on these storages may differ from the base.
         self._dirty = touched
@@ -222,21 +222,21 @@ class VariantSwitch:
         device, ring = registry.device, registry.ring
         try:
             with together(registry.group, sharded=registry.is_sharded):
-                for part in restored:
-                    part.view.copy_(registry.bases[part], non_blocking=True)
-                    part.publish()
+                for shard in restored:
+                    shard.view.copy_(registry.bases[shard], non_blocking=True)
+                    shard.publish()
                 if device is not None and ring is not None:
                     if target is not None and target.engine is not None:
                         stream(target.payload, target.engine, device=device, ring=ring, workers=registry.workers)
                     device.synchronize()
         finally:
             registry.live.remember(touched)
-        self._dirty = parts
-        return sum(part.view.nbytes for part in restored) + (0 if target is None else target.weights)
+        self._dirty = changed
+        return sum(shard.view.nbytes for shard in restored) + (0 if target is None else target.weights)
 
     def _write_in_place(self, target: Registered | None, weights: InPlace) -> int:
         registry = self._registry
-        touched = weights.parts() | (frozenset() if target is None else target.parts)
+        touched = weights.changed() | (frozenset() if target is None else target.changed)
         self._epoch += 1
         increment_versions(touched)
         try:

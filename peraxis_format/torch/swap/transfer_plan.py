@@ -116,15 +116,15 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
     for entry in delta.manifest.modules:
         begin, end = delta.span(entry.name)
         placed = placement[entry.name]
-        boxes = {part.box: tuple(p for p in placed if p.box == part.box) for part in placed}
+        boxes = {shard.box: tuple(p for p in placed if p.box == shard.box) for shard in placed}
         exact = entry.encoding is Encoding.EXACT
         for box, of_box in boxes.items():
             if begin == end or math.prod(extent(box)) == 0 or (exact and box != whole(entry.shape)):
                 continue
-            parts = tuple(part for part in of_box if storage_key(part.live) not in written)
-            written.update(storage_key(part.live) for part in parts)
+            views = tuple(shard for shard in of_box if storage_key(shard.live) not in written)
+            written.update(storage_key(shard.live) for shard in views)
             if not exact and (box != whole(entry.shape) or len(boxes) > 1):
-                transfers.append(_boxed(delta, entry, box, parts))
+                transfers.append(_boxed(delta, entry, box, views))
                 continue
             if group and size + end - begin > limit:
                 transfers.append(_contiguous(delta, group))
@@ -132,7 +132,7 @@ def cut_transfers(delta: DeltaFile, placement: Placement, *, limit: int) -> tupl
             if group and begin - delta.span(group[-1][0].name)[1] >= ALIGNMENT:
                 transfers.append(_contiguous(delta, group))
                 group, size = [], 0
-            group.append((entry, parts))
+            group.append((entry, views))
             size += end - begin
     if group:
         transfers.append(_contiguous(delta, group))
@@ -144,18 +144,18 @@ def _contiguous(delta: DeltaFile, group: Sequence[tuple[ModuleEntry, tuple[Shard
     begin, end = delta.span(group[0][0].name)[0], delta.span(group[-1][0].name)[1]
     origin = begin // ALIGN * ALIGN
     modules = []
-    for entry, parts in group:
+    for entry, views in group:
         first, last = delta.span(entry.name)
         fields = tuple(
             Field(r.name[len(entry.name) + 1 :], r.dtype, r.shape, delta.header_size + r.begin - origin)
             for r in delta.tensors(entry.name)
         )
-        modules.append(ModuleSlice(entry, whole(entry.shape), first - origin, last - origin, fields, parts))
+        modules.append(ModuleSlice(entry, whole(entry.shape), first - origin, last - origin, fields, views))
     run = ByteRange(begin, begin - origin, end - begin)
     return Transfer(begin - origin, end - origin, (run,), tuple(modules))
 
 
-def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardView, ...]) -> Transfer:
+def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, views: tuple[ShardView, ...]) -> Transfer:
     """The bytes of one box, one tensor after the other."""
     offset = 0
     fields: list[Field] = []
@@ -174,7 +174,7 @@ def _boxed(delta: DeltaFile, entry: ModuleEntry, box: Box, parts: tuple[ShardVie
             runs.append(ByteRange(delta.header_size + record.begin + source, offset, length))
             offset += length
         offset = aligned(offset)
-    return Transfer(0, offset, tuple(runs), (ModuleSlice(entry, box, 0, offset, tuple(fields), parts),))
+    return Transfer(0, offset, tuple(runs), (ModuleSlice(entry, box, 0, offset, tuple(fields), views),))
 
 
 def _part_box(suffix: str, box: Box) -> Box:

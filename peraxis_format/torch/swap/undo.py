@@ -57,7 +57,7 @@ class _Stretch:
     """
 
     name: str
-    part: ShardView
+    shard: ShardView
     at: tuple[int | slice, ...]
     dtype: DType
     components: tuple[ComponentFactors, ...] = ()
@@ -69,10 +69,10 @@ class _Stretch:
     @property
     def live(self) -> Tensor:
         """The model's weights."""
-        return self.of(self.part.view.detach())
+        return self.of(self.shard.view.detach())
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This range of a tensor of the part's shape."""
+        """This range of a tensor of the shard's shape."""
         return (tensor.reshape(-1) if self.flat else tensor)[self.at]
 
     def forward(self, base: Tensor) -> Tensor:
@@ -90,8 +90,8 @@ class _Stretch:
         return self._added(new, sign=-1) if self.components else new
 
     def _added(self, weights: Tensor, *, sign: int) -> Tensor:
-        parts = [ComponentTensors.of(component, weights.device) for component in self.components]
-        signed = [ComponentTensors(part.mask, part.row * sign, part.col, part.plain) for part in parts]
+        terms = [ComponentTensors.of(component, weights.device) for component in self.components]
+        signed = [ComponentTensors(term.mask, term.row * sign, term.col, term.plain) for term in terms]
         return rebuild_tensor(weights, signed)
 
 
@@ -154,19 +154,19 @@ class InPlace:
             self._publish()
         return written
 
-    def base_of(self, part: ShardView) -> Tensor:
-        """The base's weights of a part: a contiguous copy. No swap may run meanwhile."""
-        base = _copy(part.view.detach())
+    def base_of(self, shard: ShardView) -> Tensor:
+        """The base's weights of a shard: a contiguous copy. No swap may run meanwhile."""
+        base = _copy(shard.view.detach())
         if self._log is not None:
             for i in self._applied:
                 stretch = self._log.stretches[i]
-                if stretch.part is part:
+                if stretch.shard is shard:
                     stretch.of(base).copy_(_taken_back(stretch, self._log.entries[i], _copy(stretch.live)))
         return base
 
-    def parts(self) -> frozenset[ShardView]:
+    def changed(self) -> frozenset[ShardView]:
         """The storages that the variant changes."""
-        return frozenset(stretch.part for stretch in self._stretches())
+        return frozenset(stretch.shard for stretch in self._stretches())
 
     def _stretches(self) -> tuple[_Stretch, ...]:
         return () if self._log is None else self._log.stretches
@@ -175,9 +175,9 @@ class InPlace:
         log, chosen = self._log, list(numbers)
         if log is None:
             return 0
-        self._workers.run(partial(_on_device, log.stretches[i].part, partial(job, log, i)) for i in chosen)
-        for part in {log.stretches[i].part for i in chosen}:
-            part.publish()
+        self._workers.run(partial(_on_device, log.stretches[i].shard, partial(job, log, i)) for i in chosen)
+        for shard in {log.stretches[i].shard for i in chosen}:
+            shard.publish()
         return sum(log.stretches[i].live.nbytes for i in chosen)
 
     def _forward(self, log: UndoLog, i: int) -> None:
@@ -225,13 +225,13 @@ class InPlace:
         return written
 
     def _publish(self) -> None:
-        for part in self.parts():
-            part.publish()
+        for shard in self.changed():
+            shard.publish()
 
 
-def _on_device(part: ShardView, job: Callable[[], None]) -> None:
-    """Run a job on the part's device, because threads have another current device."""
-    with torch.no_grad(), current_device(part.view.device):
+def _on_device(shard: ShardView, job: Callable[[], None]) -> None:
+    """Run a job on the shard's device, because threads have another current device."""
+    with torch.no_grad(), current_device(shard.view.device):
         job()
 
 
@@ -276,30 +276,30 @@ def _stretches(payload: Payload) -> Iterator[_Stretch]:
     for index, transfer in enumerate(payload.transfers):
         buffer = storage_array(payload.host(index))
         for slice_ in transfer.modules:
-            for part in slice_.views:
-                yield from _of_module(slice_, buffer, part)
+            for shard in slice_.views:
+                yield from _of_module(slice_, buffer, shard)
     for found in payload.pieces:
-        yield _Stretch(name=found.name, part=found.part, at=(), dtype=found.dtype, piece=found)
+        yield _Stretch(name=found.name, shard=found.shard, at=(), dtype=found.dtype, piece=found)
 
 
-def _of_module(slice_: ModuleSlice, buffer: Array, part: ShardView) -> Iterator[_Stretch]:
+def _of_module(slice_: ModuleSlice, buffer: Array, shard: ShardView) -> Iterator[_Stretch]:
     module, shape, name = piece(slice_, buffer), slice_.shape, slice_.entry.name
     if module.full is not None:
         if not shape:
-            yield _Stretch(name=name, part=part, at=(), dtype=module.dtype, full=module.full)
+            yield _Stretch(name=name, shard=shard, at=(), dtype=module.dtype, full=module.full)
         for rows in _row_ranges(shape) if shape else ():
-            yield _Stretch(name=name, part=part, at=(rows,), dtype=module.dtype, full=module.full[rows])
+            yield _Stretch(name=name, shard=shard, at=(rows,), dtype=module.dtype, full=module.full[rows])
         return
     if module.index is not None:
-        flat = part.view.is_contiguous()
+        flat = shard.view.is_contiguous()
         for weights, update in block_ranges(module, _STRETCH // BLOCK or 1 if flat else module.index.size):
             at = (weights,) if flat else ()
-            yield _Stretch(name=name, part=part, at=at, dtype=module.dtype, update=update, flat=flat)
+            yield _Stretch(name=name, shard=shard, at=at, dtype=module.dtype, update=update, flat=flat)
         return
     for batch, components in zip(np.ndindex(shape[:-2]), module.factors(), strict=True):
         for rows in _row_ranges(shape[-2:]):
             cut = tuple(component.part(rows) for component in components)
-            yield _Stretch(name=name, part=part, at=(*batch, rows), dtype=module.dtype, components=cut)
+            yield _Stretch(name=name, shard=shard, at=(*batch, rows), dtype=module.dtype, components=cut)
 
 
 def _row_ranges(shape: tuple[int, ...]) -> Iterator[slice]:

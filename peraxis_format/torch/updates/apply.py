@@ -57,7 +57,7 @@ def apply_update(
             file = update if isinstance(update, DeltaFile) else stack.enter_context(DeltaFile(update))
             stack.enter_context(advised(file.manifest.previous, base=file.manifest.base.id))
             placement = place(target, file.manifest, shards=shards, remedies=FOR_UPDATES)
-            owner = stack.enter_context(writing(part.live for parts in placement.values() for part in parts))
+            owner = stack.enter_context(writing(shard.live for placed in placement.values() for shard in placed))
         if pieces:
             staged = stage(file, placement, group=group, owner=owner)
             with together(group):
@@ -71,7 +71,7 @@ def apply_update(
             try:
                 write_whole(file, modules, placement)
             finally:
-                increment_versions(part for parts in placement.values() for part in parts)
+                increment_versions(shard for placed in placement.values() for shard in placed)
 
 
 # A model that is whole needs no staged changes: decoding again at the write costs little, and cannot fail after the
@@ -83,8 +83,8 @@ def _proven(file: DeltaFile, placement: Placement) -> Iterator[ModuleDelta]:
     """Yield the modules to write, read once, after the digests of their old and new tensors are checked."""
     for entry in file.manifest.modules:
         module = file.load(entry.name)
-        for part in placement[entry.name]:
-            for _ in proven(entry, part.view, module):
+        for shard in placement[entry.name]:
+            for _ in proven(entry, shard.view, module):
                 pass
         if entry.encoding is not Encoding.SAME:
             yield module

@@ -22,7 +22,7 @@ def refuse_others(file: DeltaFile, placement: Placement) -> None:
     for entry in file.manifest.modules:
         if entry.encoding is Encoding.SIGN or (entry.base is not None and entry.base.dtype is not entry.dtype):
             raise UpdateError(f"{file.path}: {entry.name} is not an exact update; use it as a variant")
-        if not all(part.view.is_contiguous() for part in placement[entry.name]):
+        if not all(shard.view.is_contiguous() for shard in placement[entry.name]):
             raise UpdateError(f"{entry.name}: is strided, which exact updates do not support; make it contiguous")
 
 

@@ -323,7 +323,7 @@ class Follower:
 def _left_out(target: Target, placement: Placement) -> list[str]:
     """The parameters of a model, or the tensors of a mapping, that no module is placed in, by name."""
     live = dict(target.named_parameters()) if isinstance(target, nn.Module) else target
-    held = {_storage(part.live) for parts in placement.values() for part in parts}
+    held = {_storage(shard.live) for placed in placement.values() for shard in placed}
     return [name for name, tensor in live.items() if tensor.numel() and _storage(tensor) not in held]
 
 

@@ -27,7 +27,7 @@ from peraxis_format.urls import http_options
 __all__ = ["PREFIX", "Mirror"]
 
 PREFIX: Final = "peraxis-chain-"  # of temporary folders
-_PART: Final = ".part"
+_PARTIAL: Final = ".part"
 _LONGEST_PAUSE: Final = 64  # syncs between two fetches of a faulty file
 # Entries of a listing that change with the file.
 _STAMPS: Final = frozenset(
@@ -164,14 +164,14 @@ class Mirror:
             self._system.rm_file(f"{self._path}/{name}")
 
     def _fetch(self, name: str) -> None:
-        part = self.folder / f".{name}{_PART}"
+        partial = self.folder / f".{name}{_PARTIAL}"
         with self._errors():
-            self._download(f"{self._path}/{name}", part)
-            part.rename(self.folder / name)
+            self._download(f"{self._path}/{name}", partial)
+            partial.rename(self.folder / name)
 
     def _fetch_header(self, name: str) -> bool:
         """Fetch the header of a file, and leave a hole for its data. Whether it has one that can be read."""
-        part = self.folder / f".{name}{_PART}"
+        partial = self.folder / f".{name}{_PARTIAL}"
         path = f"{self._path}/{name}"
         with self._errors():
             size = self._system.info(path).get("size")
@@ -182,14 +182,14 @@ class Mirror:
                 read_header(lambda offset, count: start[offset : offset + count], size)
             except Exception:  # an error of the store comes again when the whole file is fetched
                 return False
-            with open(part, "wb") as file:
+            with open(partial, "wb") as file:
                 file.write(start)
                 file.truncate(size)
-            part.rename(self.folder / name)
+            partial.rename(self.folder / name)
         self.headers[name] = len(start)
         return True
 
-    def _download(self, path: str, part: Path) -> None:
+    def _download(self, path: str, partial: Path) -> None:
         """Fetch a file of the size that the store announces; more bytes would fill the disk."""
         from fsspec.callbacks import Callback
 
@@ -205,9 +205,9 @@ class Mirror:
                         f"{path.rpartition('/')[2]}: the server sends more than the {size} bytes it announced"
                     )
 
-        self._system.get_file(path, str(part), callback=Limit())
-        if part.stat().st_size != size:
-            raise OSError(f"{self.url}: has {part.stat().st_size} bytes of {path.rpartition('/')[2]}, not {size}")
+        self._system.get_file(path, str(partial), callback=Limit())
+        if partial.stat().st_size != size:
+            raise OSError(f"{self.url}: has {partial.stat().st_size} bytes of {path.rpartition('/')[2]}, not {size}")
 
     def _keep(self, names: Iterable[str]) -> None:
         kept = set(names)

@@ -24,7 +24,7 @@ from peraxis_format.delta import BaseRef, Encoding, ModuleDelta
 from peraxis_format.dtypes import Array, DType, digest_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.exact import lossless_module
-from peraxis_format.torch.place.finder import local_part
+from peraxis_format.torch.place.finder import local_shard
 from peraxis_format.torch.place.pieces import Layout, flat_indices
 from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
@@ -88,12 +88,12 @@ class ShardedUpdateWriter(UpdateWriter):
             self._shared.close()
 
     def _step(self) -> Published:
-        parts, tied = self._parts()
+        live, tied = self._live()
         if self._head is None:
-            return self._publish_first(parts, tied)
+            return self._publish_first(live, tied)
         number = self.step_number + 1
         with self._together():
-            changes, outgoing = self._compared(parts)
+            changes, outgoing = self._compared(live)
         incoming = self._ranks.all_to_all(outgoing)
         with self._together():
             made = self._merged(incoming)
@@ -121,18 +121,18 @@ class ShardedUpdateWriter(UpdateWriter):
         """Rank 0 knows what it has written."""
         self._on_first(lambda: UpdateWriter._check_own(self, head, before))
 
-    # --- the parts of a step --------------------------------------------------------------------------
+    # --- the stages of a step -------------------------------------------------------------------------
 
     @property
     def _owners(self) -> dict[str, int]:
         return {name: turn % self._ranks.count for turn, name in enumerate(self._dtypes)}
 
-    def _parts(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    def _live(self) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
         """This rank's pieces, and (module, alias) of tied tensors. Before the first state boxes are exchanged."""
         with self._together():
             live, tied = live_tensors(self._model, in_pieces=True)
-            found = {name: local_part(tensor, whole(tensor.shape), name) for name, tensor in live.items()}
-            boxes = {name: part.box for name, part in found.items()}
+            found = {name: local_shard(tensor, whole(tensor.shape), name) for name, tensor in live.items()}
+            boxes = {name: shard.box for name, shard in found.items()}
             dtypes = {name: self._dtype_of(name, tensor) for name, tensor in live.items()}
             self._check_same(live, boxes, dtypes)
         if self._head is None:
@@ -144,7 +144,7 @@ class ShardedUpdateWriter(UpdateWriter):
                 for name, layout in self._layouts.items():
                     layout.check_complete(name, "pass the group of all ranks that share the model")
             self._boxes, self._dtypes = boxes, dtypes
-        return {name: part.view for name, part in found.items()}, tied
+        return {name: shard.view for name, shard in found.items()}, tied
 
     def _check_same(self, live: Mapping[str, Tensor], boxes: Mapping[str, Box], dtypes: Mapping[str, DType]) -> None:
         """Check that the tensors are those of the published state."""
@@ -161,15 +161,15 @@ class ShardedUpdateWriter(UpdateWriter):
     def _speaks_for(self, name: str) -> bool:
         return self._layouts[name].senders.get(self._boxes[name]) == self._ranks.rank
 
-    def _compared(self, parts: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _compared(self, live: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The changes of this rank's pieces by name, and for each owner, with indices within the tensor."""
         changes: dict[str, Any] = {}
         outgoing: list[dict[str, Any]] = [{} for _ in range(self._ranks.count)]
         owners = self._owners
-        for name, part in parts.items():
+        for name, tensor in live.items():
             if not self._speaks_for(name):
                 continue
-            now, before = self._published(part).reshape(-1), self._pieces[name].reshape(-1)
+            now, before = self._published(tensor).reshape(-1), self._pieces[name].reshape(-1)
             words = f"<u{now.dtype.itemsize}"
             index = np.flatnonzero(now.view(words) != before.view(words)).astype(np.int64)
             if index.size:
@@ -213,14 +213,14 @@ class ShardedUpdateWriter(UpdateWriter):
 
     # --- whole states ---------------------------------------------------------------------------------
 
-    def _publish_first(self, parts: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
+    def _publish_first(self, live: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
         owners, failure = self._owners, KeptError()
         self._snapshot, self._digests, self._pieces = {}, {}, {}
-        for name, part in parts.items():
+        for name, tensor in live.items():
             piece: Array | None = None
             with failure:
                 if self._speaks_for(name):
-                    piece = self._pieces[name] = self._published(part)
+                    piece = self._pieces[name] = self._published(tensor)
             found = self._ranks.gather(None if piece is None else (self._boxes[name], piece), on=owners[name])
             if self._ranks.rank == owners[name]:
                 with failure:
@@ -281,7 +281,7 @@ class ShardedUpdateWriter(UpdateWriter):
 
     def _load(self, way: Way) -> None:
         """Read the last state of a way: each owner its tensors, one file after the other, for all ranks."""
-        self._parts()
+        self._live()
         with self._together():
             mine = {name for name, owner in self._owners.items() if owner == self._ranks.rank}
             owned = owned_state(way, self.folder, self._dtypes, self._layouts, mine=mine)

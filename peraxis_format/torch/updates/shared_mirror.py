@@ -85,21 +85,21 @@ class SharedMirror:
                     (self.folder / name).unlink()
         lacking = self._ranks.all_gather(set(names) - here)
         for name in sorted(set().union(*lacking)):
-            part = self.folder / f".{name}.part" if writes and name in lacking[rank] else None
+            partial = self.folder / f".{name}.part" if writes and name in lacking[rank] else None
             size, sent = self._ranks.broadcast(self._sizes(name, failure), rank=0)
-            if part is not None:
+            if partial is not None:
                 with failure:
-                    part.write_bytes(b"")
+                    partial.write_bytes(b"")
             for begin in range(0, sent, _PIECE):
                 piece = self._ranks.broadcast(self._piece(name, begin, sent, failure), rank=0)
-                if part is not None and failure.error is None:
-                    with failure, open(part, "ab") as file:
+                if partial is not None and failure.error is None:
+                    with failure, open(partial, "ab") as file:
                         file.write(piece)
-            if part is not None and failure.error is None:
+            if partial is not None and failure.error is None:
                 with failure:
-                    if part.stat().st_size == sent:  # else the first rank could not read it, and has the error
-                        os.truncate(part, size)
-                        part.rename(self.folder / name)
+                    if partial.stat().st_size == sent:  # else the first rank could not read it, and has the error
+                        os.truncate(partial, size)
+                        partial.rename(self.folder / name)
                         self._fetches[name] = names[name]
         agree(failure.error, self._ranks.group)
 

@@ -43,7 +43,7 @@ _PLACE_BYTES: Final = 8
 class _Change:
     """The changes of one live storage. places: int64, of the flat tensor; None if values is the whole tensor."""
 
-    part: ShardView
+    shard: ShardView
     places: Tensor | None
     values: Tensor
 
@@ -53,18 +53,18 @@ class _Change:
 
     def exchange(self) -> None:
         """Exchange values and live weights, so that a second call restores both. On an error both are unchanged."""
-        flat = words_of(self.part.view).reshape(-1)
+        flat = words_of(self.shard.view).reshape(-1)
         places = slice(None) if self.places is None else self.places
         old, new = flat[places].clone(), self.values.clone()
         try:
             flat[places] = new
             self.values.copy_(old)
-            self.part.publish()
+            self.shard.publish()
         except BaseException as error:
             try:
                 flat[places] = old
                 self.values.copy_(new)
-                self.part.publish()
+                self.shard.publish()
             except BaseException as again:
                 raise torn("an update", error, again) from again
             raise
@@ -98,7 +98,7 @@ class StagedUpdate:
                     self._revert(written, error)
                 raise
             finally:
-                increment_versions(change.part for change in self._changes)
+                increment_versions(change.shard for change in self._changes)
 
     def _revert(self, written: list[_Change], error: BaseException) -> None:
         """Restore the old weights. Raises TornError if a change cannot be reverted; the others are."""
@@ -123,22 +123,22 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: ob
     ranks, failure = Ranks(group), KeptError()
     with failure:
         refuse_others(file, placement)
-        refuse_claimed((part.live for parts in placement.values() for part in parts), owner)
+        refuse_claimed((shard.live for placed in placement.values() for shard in placed), owner)
     agree(failure.error, group)
     layouts = _layouts(ranks, file, placement)
     _check_replicas(ranks, file, placement, layouts)
     changes: list[_Change] = []
     for turn, entry in enumerate(file.manifest.modules):
-        parts = placement[entry.name]
+        placed = placement[entry.name]
         if entry.name in layouts:
             layout, checker = layouts[entry.name], turn % ranks.count
-            found = ranks.broadcast(_proven(ranks, checker, file, entry, layout, parts, failure), rank=checker)
+            found = ranks.broadcast(_proven(ranks, checker, file, entry, layout, placed, failure), rank=checker)
             with failure:
-                changes += _cut(found, layout, parts)
-                changes += _replaced(file.load(entry.name), parts) if entry.encoding is Encoding.FULL else ()
+                changes += _cut(found, layout, placed)
+                changes += _replaced(file.load(entry.name), placed) if entry.encoding is Encoding.FULL else ()
         else:
             with failure:
-                changes += _whole_changes(entry, file.load(entry.name), parts)
+                changes += _whole_changes(entry, file.load(entry.name), placed)
     with located(file.path):
         agree(failure.error, group)
     return StagedUpdate(file.content_id, sum(change.nbytes for change in changes), tuple(changes), group)
@@ -147,7 +147,7 @@ def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: ob
 def _layouts(ranks: Ranks, file: DeltaFile, placement: Placement) -> dict[str, Layout]:
     """The layouts of sharded tensors. Raises LiveModelError, on all ranks."""
     entries = file.manifest.modules
-    boxes = ranks.all_gather({entry.name: [part.box for part in placement[entry.name]] for entry in entries})
+    boxes = ranks.all_gather({entry.name: [shard.box for shard in placement[entry.name]] for entry in entries})
     if len(set(ranks.all_gather(file.content_id))) > 1:
         raise LiveModelError(f"{file.path}: the ranks have different files; give all of them one folder")
     with together(ranks.group):
@@ -171,30 +171,30 @@ def _pieces(
 def _check_replicas(ranks: Ranks, file: DeltaFile, placement: Placement, layouts: Mapping[str, Layout]) -> None:
     """Check that all copies of a piece are the same, for tensors that have a base. Raises BindingError on all ranks."""
     bound = (entry.name for entry in file.manifest.modules if entry.base is not None and entry.name in layouts)
-    parts = {name: placement[name][0] for name in bound}
-    boxes = ranks.all_gather({name: part.box for name, part in parts.items()})
+    placed = {name: placement[name][0] for name in bound}
+    boxes = ranks.all_gather({name: shard.box for name, shard in placed.items()})
     with located(file.path):
-        check_replicas(parts, boxes, ranks.all_gather)
+        check_replicas(placed, boxes, ranks.all_gather)
 
 
 # --- tensors that are whole on every rank ----------------------------------------------------------------
 
 
-def _whole_changes(entry: ModuleEntry, module: ModuleDelta, parts: Sequence[ShardView]) -> Iterator[_Change]:
+def _whole_changes(entry: ModuleEntry, module: ModuleDelta, placed: Sequence[ShardView]) -> Iterator[_Change]:
     """Every rank checks its tensor."""
-    for part in parts:
+    for shard in placed:
         places: list[Tensor] = []
         values: list[Tensor] = []
         begin = 0
-        for live, new in proven(entry, part.view, module):
+        for live, new in proven(entry, shard.view, module):
             before, after = words_of(live), words_of(new)
             changed = (before != after).nonzero().reshape(-1)
             places.append(changed + begin)
             values.append(after[changed])
             begin += len(live)
         if places:
-            yield _smaller(part, torch.cat(places), torch.cat(values))
-    yield from _replaced(module, parts)
+            yield _smaller(shard, torch.cat(places), torch.cat(values))
+    yield from _replaced(module, placed)
 
 
 # --- sharded tensors -------------------------------------------------------------------------------------
@@ -206,33 +206,33 @@ def _proven(
     file: DeltaFile,
     entry: ModuleEntry,
     layout: Layout,
-    parts: Sequence[ShardView],
+    placed: Sequence[ShardView],
     failure: KeptError,
 ) -> Changes:
     """Check the tensor on its owner. Returns the changes there; nothing elsewhere."""
     if entry.encoding is not Encoding.EXACT and entry.base is None:
         return []
     with failure:
-        if any(not words_of(part.view).equal(words_of(parts[0].view)) for part in parts[1:]):
+        if any(not words_of(shard.view).equal(words_of(placed[0].view)) for shard in placed[1:]):
             fail("E404", "its aliases have other weights", field=entry.name)
-    return sharded_changes(ranks, owner, file, entry, layout, parts[0], failure)
+    return sharded_changes(ranks, owner, file, entry, layout, placed[0], failure)
 
 
-def _cut(changes: Changes, layout: Layout, parts: Sequence[ShardView]) -> Iterator[_Change]:
+def _cut(changes: Changes, layout: Layout, placed: Sequence[ShardView]) -> Iterator[_Change]:
     """The changes of a whole tensor within this rank's piece."""
-    places, values = in_box(changes, parts[0].box, layout.shape)
+    places, values = in_box(changes, placed[0].box, layout.shape)
     if len(places):
-        yield from (_smaller(part, places, values.clone()) for part in parts)
+        yield from (_smaller(shard, places, values.clone()) for shard in placed)
 
 
 # --- storage of changes ----------------------------------------------------------------------------------
 
 
-def _replaced(module: ModuleDelta, parts: Sequence[ShardView]) -> Iterator[_Change]:
+def _replaced(module: ModuleDelta, placed: Sequence[ShardView]) -> Iterator[_Change]:
     """This rank's pieces of a `full` tensor, copied to their devices."""
-    for part in parts if module.full is not None else ():
-        words = _array_words(np.asarray(module.full)[slices(part.box)]).copy()
-        yield _Change(part, None, torch.from_numpy(words).to(part.view.device))
+    for shard in placed if module.full is not None else ():
+        words = _array_words(np.asarray(module.full)[slices(shard.box)]).copy()
+        yield _Change(shard, None, torch.from_numpy(words).to(shard.view.device))
 
 
 def _array_words(array: Array) -> Array:
@@ -241,12 +241,12 @@ def _array_words(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view("u1" if size == 1 else f"i{size}")
 
 
-def _smaller(part: ShardView, places: Tensor, values: Tensor) -> _Change:
+def _smaller(shard: ShardView, places: Tensor, values: Tensor) -> _Change:
     """The change as places and values, or as the whole tensor if that is smaller."""
-    live = words_of(part.view).reshape(-1)
+    live = words_of(shard.view).reshape(-1)
     places, values = places.to(live.device), values.to(live.device)
     if len(places) * (_PLACE_BYTES + values.element_size()) < live.nbytes:
-        return _Change(part, places, values)
+        return _Change(shard, places, values)
     everything = live.clone()
     everything[places] = values
-    return _Change(part, None, everything)
+    return _Change(shard, None, everything)

@@ -43,12 +43,12 @@ class _Write:
     def run(self) -> None:
         """Write the rest."""
         while self.at.job < len(self.jobs):
-            part, module = self.jobs[self.at.job]
+            shard, module = self.jobs[self.at.job]
             self._put()
-            for live, new in _ranges(part.view, module, done=self.at.ranges):
+            for live, new in _ranges(shard.view, module, done=self.at.ranges):
                 self.at = _At(job=self.at.job, ranges=self.at.ranges, pending=(live, new))
                 self._put()
-            part.publish()
+            shard.publish()
             self.at = _At(job=self.at.job + 1)
 
     def _put(self) -> None:
@@ -79,11 +79,11 @@ def write_whole(file: DeltaFile, modules: list[ModuleDelta], placement: Placemen
 def _jobs(modules: list[ModuleDelta], placement: Placement) -> Iterator[tuple[ShardView, ModuleDelta]]:
     written = set()  # equal tensors of the file may share storage in the model, and an update decodes once
     for module in modules:
-        for part in placement[module.name]:
-            key = storage_key(part.live)
+        for shard in placement[module.name]:
+            key = storage_key(shard.live)
             if key not in written:
                 written.add(key)
-                yield part, module
+                yield shard, module
 
 
 def _ranges(view: Tensor, module: ModuleDelta, *, done: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peraxis_tools.compress.calibration.parts import pieces_of
+from peraxis_tools.compress.calibration.partition import pieces_of
 from peraxis_tools.compress.model.layerwise_model import LayerwiseModel
 from peraxis_tools.process.heap import trim_heap
 from peraxis_tools.texts.chat_template import chat_template_of

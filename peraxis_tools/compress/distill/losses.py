@@ -1,4 +1,4 @@
-"""The teacher's hidden states and the student's losses, one part of the logits at a time.
+"""The teacher's hidden states and the student's losses, one range of tokens at a time.
 
 kl    sum over the vocabulary of p (log p - log q)      p: teacher, q: student
 mse   mean over the vocabulary of (x_q - x_p)^2         of the logits
@@ -56,9 +56,9 @@ class TeacherStates:
         return [kept[row] if row in kept else self._computed(ids[i : i + 1]) for i, row in enumerate(rows)]
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, states: Sequence[Tensor], part: slice) -> Tensor:
+    def logits(self, ids: Tensor, states: Sequence[Tensor], tokens: slice) -> Tensor:
         """Logits [rows, tokens, vocabulary] of some tokens of samples. states: of `of`."""
-        some = [self._teacher.head(ids[i : i + 1, part], its[:, part]) for i, its in enumerate(states)]
+        some = [self._teacher.head(ids[i : i + 1, tokens], its[:, tokens]) for i, its in enumerate(states)]
         return torch.cat(some)
 
     @torch.no_grad()
@@ -88,10 +88,10 @@ class Losses:
                 states = self.student.states(ids)
             trim_heap()  # the largest tensors, of the head and its table, come next
             given = states.detach().requires_grad_()
-            for part in self.student.token_parts(ids, states):
-                target = self.targets.logits(ids, targets, part)
+            for tokens in self.student.token_ranges(ids, states):
+                target = self.targets.logits(ids, targets, tokens)
                 with self.built.forgotten():
-                    loss = self._sum(target, self.student.head(ids[:, part], given[:, part]))
+                    loss = self._sum(target, self.student.head(ids[:, tokens], given[:, tokens]))
                 (loss / (len(rows) * ids.shape[1])).backward()
             if states.requires_grad:  # otherwise the head alone is trained
                 states.backward(given.grad)
@@ -105,9 +105,9 @@ class Losses:
         for row in range(len(samples)):
             ids = samples[row : row + 1]
             targets, states = self.targets.of(ids, split, [row]), self.student.states(ids)
-            for part in self.student.token_parts(ids, states):
-                target = self.targets.logits(ids, targets, part)
-                total += float(self._sum(target, self.student.head(ids[:, part], states[:, part])))
+            for tokens in self.student.token_ranges(ids, states):
+                target = self.targets.logits(ids, targets, tokens)
+                total += float(self._sum(target, self.student.head(ids[:, tokens], states[:, tokens])))
         return total / samples.numel()
 
     def _sum(self, target: Tensor, logits: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 __all__ = ["add_gram", "dot", "gram_blocks"]
 
-_PARTS: Final = 4
+_BLOCKS: Final = 4
 
 
 def gram_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (columns, X[:, columns]^T X[:, columns.start:]): the blocks on and right of the diagonal. x: [n, d]."""
     width = x.shape[1]
-    step = max(1, -(-width // _PARTS))
+    step = max(1, -(-width // _BLOCKS))
     for start in range(0, width, step):
         stop = min(start + step, width)
         yield slice(start, stop), x[:, start:stop].t() @ x[:, start:]
@@ -24,9 +24,9 @@ def gram_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def add_gram(total: Tensor, x: Tensor) -> None:
     """total += X^T X. total: [d, d], symmetric, in the dtype of x."""
-    for part, block in gram_blocks(x):
-        total[part, part.start :] += block
-        total[part.stop :, part] = total[part, part.stop :].t()
+    for columns, block in gram_blocks(x):
+        total[columns, columns.start :] += block
+        total[columns.stop :, columns] = total[columns, columns.stop :].t()
 
 
 def dot(one: Tensor, other: Tensor) -> float:

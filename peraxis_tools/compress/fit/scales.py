@@ -151,7 +151,7 @@ def _fold(
 
 def _fit_row(component: ComponentFit, target_hessian: Tensor, hessian: Tensor) -> ComponentFit:
     row, image = torch.empty_like(component.row), torch.empty_like(target_hessian)
-    for rows in _parts(target_hessian, _CACHED):
+    for rows in _row_ranges(target_hessian, _CACHED):
         pattern = unit(component.signs[rows]).mul_(component.col)
         torch.mm(pattern, hessian, out=image[rows])
         below = torch.sum(image[rows] * pattern, dim=1)
@@ -165,7 +165,7 @@ def _fit_col(component: ComponentFit, target: Tensor, target_hessian: Tensor, he
     width = len(hessian)
     system, right = torch.zeros_like(hessian), torch.zeros(width, dtype=torch.float64, device=hessian.device)
     prior = torch.zeros_like(right)
-    for rows in _parts(target, max(_CACHED, width * width)):
+    for rows in _row_ranges(target, max(_CACHED, width * width)):
         pattern = unit(component.signs[rows]).mul_(component.row[rows, None])
         add_gram(system, pattern)
         prior += torch.sum(pattern * target[rows], dim=0)
@@ -180,7 +180,7 @@ def _fit_col(component: ComponentFit, target: Tensor, target_hessian: Tensor, he
     return component if col is None else _fold(component, col=col.float())
 
 
-def _parts(matrix: Tensor, numbers: int) -> list[slice]:
+def _row_ranges(matrix: Tensor, numbers: int) -> list[slice]:
     """Rows of the matrix, about so many numbers at a time, so that what is computed from them stays in the cache."""
     count = max(1, numbers // matrix.shape[1])
     return [slice(start, start + count) for start in range(0, len(matrix), count)]

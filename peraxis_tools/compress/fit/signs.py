@@ -82,14 +82,14 @@ def gptq_signs(target: Tensor, magnitudes: list[Magnitude], factor: Factor) -> l
     rows = torch.stack([magnitude.row for magnitude in magnitudes])
     cols = torch.stack([magnitude.col[factor.order] for magnitude in magnitudes])
     signs = torch.empty(len(magnitudes), *work.shape, dtype=torch.bool, device=work.device)
-    for part in _blocks(work.shape[1], block_columns(work)):
-        values_block = work[:, part].contiguous()
+    for columns in _blocks(work.shape[1], block_columns(work)):
+        values_block = work[:, columns].contiguous()
         errors = torch.empty_like(values_block)
         chosen = torch.empty(len(magnitudes), *values_block.shape, dtype=torch.bool, device=work.device)
-        factor_block, cols_block = upper[part, part].contiguous(), cols[:, part].contiguous()
+        factor_block, cols_block = upper[columns, columns].contiguous(), cols[:, columns].contiguous()
         gptq_signs_block(values_block, factor_block, rows, cols_block, chosen, errors)
-        signs[:, :, part] = chosen
-        work[:, part.stop :].addmm_(errors, upper[part, part.stop :], alpha=-1)
+        signs[:, :, columns] = chosen
+        work[:, columns.stop :].addmm_(errors, upper[columns, columns.stop :], alpha=-1)
     inverse_order = torch.argsort(factor.order)
     return [sign[:, inverse_order] for sign in signs]
 
@@ -122,15 +122,15 @@ def coordinate_descent(
     width = block_columns(values, descent=True)
     for _ in range(sweeps):
         changed = False
-        for part in _blocks(gradient.shape[1], width):
-            values_block, size = gradient[:, part].contiguous(), values[:, :, part].contiguous()
+        for columns in _blocks(gradient.shape[1], width):
+            values_block, size = gradient[:, columns].contiguous(), values[:, :, columns].contiguous()
             change = torch.zeros_like(values_block)
-            coordinate_descent_block(values_block, hessian[part, part].contiguous(), size, change)
+            coordinate_descent_block(values_block, hessian[columns, columns].contiguous(), size, change)
             if change.any():
                 changed = True
-                gradient[:, part], values[:, :, part] = values_block, size
-                gradient[:, : part.start].addmm_(change, hessian[part, : part.start])
-                gradient[:, part.stop :].addmm_(change, hessian[part, part.stop :])
+                gradient[:, columns], values[:, :, columns] = values_block, size
+                gradient[:, : columns.start].addmm_(change, hessian[columns, : columns.start])
+                gradient[:, columns.stop :].addmm_(change, hessian[columns, columns.stop :])
         if not changed:
             break
     # A magnitude of zero does not show its sign.

@@ -282,10 +282,10 @@ class LayerwiseModel:
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
             return logits
 
-    def token_parts(self, ids: Tensor, states: Tensor) -> list[slice]:
-        """Parts of the tokens of ids [samples, length] whose logits take at most LOGITS_BYTES, as float32.
+    def token_ranges(self, ids: Tensor, states: Tensor) -> list[slice]:
+        """Ranges of the tokens of ids [samples, length] whose logits take at most LOGITS_BYTES, as float32.
 
-        One part, if the states that `head` wants are not [samples, length, width].
+        One range, if the states that `head` wants are not [samples, length, width].
         """
         samples, length = ids.shape
         head = self.model.get_output_embeddings()

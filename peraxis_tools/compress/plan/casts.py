@@ -35,7 +35,7 @@ def _with_cast(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors
 
 
 def _is_cast(module: PlannedModule, base: Safetensors, fine_tuned: Safetensors, rows: int) -> bool:
-    name, part = module.name, slice(0, rows)
+    name, covered = module.name, slice(0, rows)
     return module.base_dtype is not None and is_unchanged(
-        base.read(name, part), fine_tuned.read(name, part), base_dtype=module.base_dtype, dtype=module.dtype
+        base.read(name, covered), fine_tuned.read(name, covered), base_dtype=module.base_dtype, dtype=module.dtype
     )

@@ -26,7 +26,7 @@ from typing import Final
 
 from peraxis_format import Encoding
 from peraxis_tools.checkpoints.kinds import group_of, layer_of
-from peraxis_tools.compress.calibration.parts import pieces_of
+from peraxis_tools.compress.calibration.partition import pieces_of
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.plan import TABLES, Plan, PlannedModule
 from peraxis_tools.compress.plan.price import MEASURED_MASKS, PRICED_ROWS

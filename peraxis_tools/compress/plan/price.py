@@ -34,7 +34,7 @@ __all__ = ["MASKS_MAX", "MEASURED_MASKS", "PRICED_ROWS", "extended", "measured_e
 MASKS_MAX: Final = 8
 _TABLE: Final = 4.0
 PRICED_ROWS: Final = 512
-_PARTS: Final = 8
+_RANGES: Final = 8
 MEASURED_MASKS: Final = 3
 _COMPARED: Final = 1 << 22  # weights at a time
 
@@ -104,18 +104,18 @@ def _unchanged(module: PlannedModule, left: Array, right: Array) -> bool:
 
 
 def _sampled(tensors: Safetensors, module: PlannedModule) -> Array:
-    """Read a sample, [n, rows, d_in]: PRICED_ROWS rows of one matrix in _PARTS ranges, or rows of _PARTS matrices."""
+    """Read a sample, [n, rows, d_in]: PRICED_ROWS rows of one matrix in _RANGES ranges, or rows of _RANGES matrices."""
     count = kept_rows(module.shape, module.base_shape or module.shape)
-    size = 1 if len(module.shape) > 2 else max(1, PRICED_ROWS // _PARTS)
-    if count <= size * _PARTS:
-        parts = [tensors.read(module.name, slice(0, count))]
+    size = 1 if len(module.shape) > 2 else max(1, PRICED_ROWS // _RANGES)
+    if count <= size * _RANGES:
+        read = [tensors.read(module.name, slice(0, count))]
     else:
-        starts = [(count - size) * i // (_PARTS - 1) for i in range(_PARTS)]
-        parts = [tensors.read(module.name, slice(start, start + size)) for start in starts]
-    whole = np.concatenate(parts)
+        starts = [(count - size) * i // (_RANGES - 1) for i in range(_RANGES)]
+        read = [tensors.read(module.name, slice(start, start + size)) for start in starts]
+    whole = np.concatenate(read)
     matrices = whole.reshape(-1, *whole.shape[-2:])
     step = -(-matrices.shape[1] // PRICED_ROWS)
-    return np.ascontiguousarray(matrices[:_PARTS, ::step])
+    return np.ascontiguousarray(matrices[:_RANGES, ::step])
 
 
 def _changed_rows(module: PlannedModule, left: Array, right: Array) -> tuple[Array, Array]:

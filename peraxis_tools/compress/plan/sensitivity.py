@@ -167,8 +167,8 @@ def _backward(teacher: LayerwiseModel, ids: Tensor, generator: torch.Generator) 
     """The gradients of the sum over a sample's tokens of log p(y | x), y drawn from the model itself."""
     states = teacher.states(ids)
     given = states.detach().requires_grad_()
-    for part in teacher.token_parts(ids, states):
-        log_p = torch.log_softmax(teacher.head(ids[:, part], given[:, part]).float()[0], dim=-1)
+    for tokens in teacher.token_ranges(ids, states):
+        log_p = torch.log_softmax(teacher.head(ids[:, tokens], given[:, tokens]).float()[0], dim=-1)
         with torch.no_grad():
             drawn = torch.multinomial(log_p.exp(), 1, generator=generator)
         log_p.gather(1, drawn).sum().backward()
@@ -204,7 +204,7 @@ def inner_products(
     d_out, d_in = shape[-2:]
     gradients = gradient.reshape(-1, d_out, d_in)
     factors = [component.factors(shape) for component in components]
-    whole, parts = 0.0, [0.0] * len(components)
+    whole, terms = 0.0, [0.0] * len(components)
     step = max(1, _CHUNK // d_in)
     for e, matrix in enumerate(gradients):
         for start in range(0, d_out, step):
@@ -214,8 +214,8 @@ def inner_products(
             for k, each in enumerate(factors):
                 row, col = (torch.from_numpy(v).to(chunk.device) for v in (each[e].row[rows], each[e].col))
                 signs = unit(torch.from_numpy(unpack_signs(each[e].mask[rows], d_in)).to(chunk.device))
-                parts[k] += float((signs.mul_(chunk) @ col).double() @ row.double())
+                terms[k] += float((signs.mul_(chunk) @ col).double() @ row.double())
     found = [whole]
-    for part in parts:
-        found.append(found[-1] - part)
+    for term in terms:
+        found.append(found[-1] - term)
     return found

@@ -25,7 +25,7 @@ class SampleCounts:
 
     @property
     def calibrating(self) -> int:
-        """The generated samples of the fit; distillation alone has the others (calibration/parts.py)."""
+        """The generated samples of the fit; distillation alone has the others (calibration/partition.py)."""
         return round(self.generated * self.samples / (self.samples + self.distilled))
 
     @property

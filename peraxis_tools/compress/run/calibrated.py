@@ -16,7 +16,7 @@ from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.checkpoints.environment import resolve_dtype
 from peraxis_tools.checkpoints.parameter_names import NameMap, map_names
 from peraxis_tools.compress.calibration.generate import generate
-from peraxis_tools.compress.calibration.parts import Parts, halves, partition
+from peraxis_tools.compress.calibration.partition import Partition, halves, partition
 from peraxis_tools.compress.distill.distill import DistillOptions, distill
 from peraxis_tools.compress.fit.adamw import ADAMW_EPOCHS
 from peraxis_tools.compress.fit.fit import AUTO_AXES, FitOptions
@@ -163,7 +163,7 @@ class _CalibratedRun:
     tokenizer: Any
     names: NameMap
     samples: Samples
-    parts: Parts
+    partition: Partition
     work: WorkFolder
     processes: Processes
     device: torch.device
@@ -214,7 +214,7 @@ def _open_run(
         tokenizer=given.tokenizer,
         names=names,
         samples=text,
-        parts=partition(text.by_source, calibration=options.calibration_share, validation=options.held_out),
+        partition=partition(text.by_source, calibration=options.calibration_share, validation=options.held_out),
         work=work,
         processes=processes,
         device=device,
@@ -256,7 +256,7 @@ def _with_generated(run: _CalibratedRun, count: int, options: CompressOptions, p
             source=f"{run.samples.source}; {len(ids)} samples of the fine-tuned model",
             counts=(*run.samples.counts, len(ids)),
         ),
-        parts=partition([*run.samples.by_source, ids], calibration=share, validation=options.held_out),
+        partition=partition([*run.samples.by_source, ids], calibration=share, validation=options.held_out),
     )
 
 
@@ -267,7 +267,7 @@ def _sensitivities(run: _CalibratedRun, options: CompressOptions, progress: Stag
         weights = run.weights()
         weights.fill_whole(teacher, weights.teacher)
         # Every so many: samples stand in the order of their sources.
-        chosen = run.parts.fit[:: -(-len(run.parts.fit) // SENSITIVITY_SAMPLES)]
+        chosen = run.partition.fit[:: -(-len(run.partition.fit) // SENSITIVITY_SAMPLES)]
         samples = torch.from_numpy(in_pieces(chosen)).to(run.device)
         open_modules = [module for module in run.plan.modules if is_open(module, options)]
         errors = fisher_errors(teacher, weights, open_modules, samples, seed=options.seed, progress=progress)
@@ -278,7 +278,7 @@ def _sensitivities(run: _CalibratedRun, options: CompressOptions, progress: Stag
 
 def _layerwise(run: _CalibratedRun, options: CompressOptions, progress: Staged) -> Mapping[str, FittedModule]:
     teacher, student = run.models()
-    text = halves(run.parts, crossed=options.resolved_fit != "adamw")
+    text = halves(run.partition, crossed=options.resolved_fit != "adamw")
     return LayerwiseCalibration(
         plan=run.plan,
         base=run.base.tensors,
@@ -288,7 +288,7 @@ def _layerwise(run: _CalibratedRun, options: CompressOptions, progress: Staged) 
         names=run.names,
         batches=batches_of(text.fit, text.validation, options.batch_size, run.device),
         crossed=text.crossed,
-        options=_fit_options(options, len(run.parts.fit)),
+        options=_fit_options(options, len(run.partition.fit)),
         work=run.work,
         processes=run.processes,
         hidden_limit=options.hidden_limit,
@@ -309,7 +309,7 @@ def _distilled(
     teacher, student = run.models()
     train, validation = (
         torch.from_numpy(np.ascontiguousarray(ids)).to(run.device)
-        for ids in (run.parts.distill, run.parts.distill_validation)
+        for ids in (run.partition.distill, run.partition.distill_validation)
     )
     result = distill(
         weights=run.weights(),

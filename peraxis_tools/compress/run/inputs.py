@@ -16,7 +16,7 @@ from peraxis_format import DType, Safetensors, TensorInfo, __version__
 from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.checkpoints.environment import check_causal, load_config, load_tokenizer, resolve_device
 from peraxis_tools.checkpoints.vocabulary import check_ids
-from peraxis_tools.compress.calibration.parts import calibrating
+from peraxis_tools.compress.calibration.partition import calibrating
 from peraxis_tools.compress.fit.moments.collector import TokenBatch
 from peraxis_tools.compress.options import CompressOptions
 from peraxis_tools.compress.plan.estimate import GENERATED_SAMPLES

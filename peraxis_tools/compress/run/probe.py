@@ -18,7 +18,7 @@ import torch
 from peraxis_format import Axis, Component, DType, Encoding, from_float32
 from peraxis_tools.checkpoints.parameter_names import ParameterSlice
 from peraxis_tools.compress.calibration.generate import draw_tokens
-from peraxis_tools.compress.calibration.parts import pieces_of
+from peraxis_tools.compress.calibration.partition import pieces_of
 from peraxis_tools.compress.distill.losses import divergence
 from peraxis_tools.compress.distill.parametrization import BuiltWeights, DeltaParametrization, TrainedComponent
 from peraxis_tools.compress.fit.choice import fit_matrices

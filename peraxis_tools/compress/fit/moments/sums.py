@@ -83,9 +83,9 @@ class Moments:
 
     def _add_square(self, total: Tensor, x: Tensor) -> None:
         """total += X^T X; only the blocks on and right of the diagonal are computed."""
-        for part, block in gram_blocks(x):
-            self._add_on_grid(total[part, part.start :], block)
-            total[part.stop :, part] = total[part, part.stop :].t()
+        for columns, block in gram_blocks(x):
+            self._add_on_grid(total[columns, columns.start :], block)
+            total[columns.stop :, columns] = total[columns, columns.stop :].t()
 
     def _add_on_grid(self, total: Tensor, product: Tensor) -> None:
         """total += the product, rounded to the grid, a few rows at a time so that they stay in the cache."""

@@ -10,13 +10,13 @@ import numpy as np
 
 from peraxis_tools.texts.samples import Ids
 
-__all__ = ["Halves", "Parts", "calibrating", "halves", "partition", "pieces_of"]
+__all__ = ["Halves", "Partition", "calibrating", "halves", "partition", "pieces_of"]
 
 _PIECE: Final = 128  # tokens of a piece of a generated sample, about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class Partition:
     """The samples by use, each int64 [n, length]. Distillation also trains on all calibration samples.
 
     texts: all calibration samples, by source; several sources validate each other.
@@ -38,13 +38,13 @@ class Halves:
     crossed: bool
 
 
-def halves(parts: Parts, *, crossed: bool) -> Halves:
+def halves(partition: Partition, *, crossed: bool) -> Halves:
     """Split the last of several texts (the samples that the fine-tuned model generates) from the others; a single text,
     or all texts if crossed is False, by its held-out samples.
     """
-    texts = [ids for ids in parts.texts if len(ids)]
+    texts = [ids for ids in partition.texts if len(ids)]
     if len(texts) < 2 or not crossed:
-        return Halves(fit=parts.fit, validation=parts.validation, crossed=False)
+        return Halves(fit=partition.fit, validation=partition.validation, crossed=False)
     return Halves(fit=np.concatenate(texts[:-1]), validation=texts[-1], crossed=True)
 
 
@@ -53,23 +53,23 @@ def calibrating(count: int, share: float) -> int:
     return max(round(share * count), min(count, 1))
 
 
-def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Parts:
+def partition(sources: Sequence[Ids], *, calibration: float, validation: float) -> Partition:
     """Split each source into calibration (a share) and distillation, and each of these into training and validation.
 
-    So every part has its share of every source, and the calibration one sample of each at least. A part of one sample
-    is not split.
+    So every use has its share of every source, and the calibration one sample of each at least. One sample alone is not
+    split.
     """
-    parts: list[list[Ids]] = [[], [], [], []]
+    uses: list[list[Ids]] = [[], [], [], []]
     texts: list[Ids] = []
     for ids in sources:
         cut = calibrating(len(ids), calibration)
         texts.append(ids[:cut])
-        for i, part in enumerate((ids[:cut], ids[cut:])):
-            validated = min(max(len(part) - 1, 0), int(np.ceil(validation * len(part))))
-            parts[2 * i].append(part[: len(part) - validated])
-            parts[2 * i + 1].append(part[len(part) - validated :])
-    fit, held_out, train, train_validation = (np.concatenate(part) for part in parts)
-    return Parts(
+        for i, some in enumerate((ids[:cut], ids[cut:])):
+            validated = min(max(len(some) - 1, 0), int(np.ceil(validation * len(some))))
+            uses[2 * i].append(some[: len(some) - validated])
+            uses[2 * i + 1].append(some[len(some) - validated :])
+    fit, held_out, train, train_validation = (np.concatenate(each) for each in uses)
+    return Partition(
         texts=tuple(texts),
         fit=fit,
         validation=held_out,
