@@ -9,7 +9,7 @@ from typing import Final
 
 from peraxis_format.errors import ArgumentError
 
-__all__ = ["check_choice", "check_least", "did_you_mean"]
+__all__ = ["check_choice", "check_least", "check_variant", "did_you_mean"]
 
 
 _LONGEST: Final = 100  # characters of a name that are compared
@@ -34,6 +34,12 @@ def check_choice(name: str, value: object, allowed: Iterable[str], *, error: typ
     choices = tuple(allowed)
     if value not in choices:
         raise error(f"{name} {value!r}: choose one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+
+def check_variant(name: object, *, error: type[Exception] = ArgumentError) -> None:
+    """Raise `error` unless the name of a variant is a text: None is the base, and numbers are indices."""
+    if not isinstance(name, str) or not name:
+        raise error(f"the variant's name {name!r}: must be a text that is not empty")
 
 
 def check_least(name: str, value: float | None, least: int, *, error: type[Exception] = ArgumentError) -> None:

@@ -11,18 +11,28 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
+from peraxis_tools.checkpoints.assets import asset_group
 from peraxis_tools.checkpoints.checkpoint import Checkpoint
 from peraxis_tools.checkpoints.kinds import kind_of, layer_of
 from peraxis_tools.display.notes import note
-from peraxis_tools.display.shown import counted
+from peraxis_tools.display.shown import counted, listed
 from peraxis_tools.errors import CheckFailedError
 
-__all__ = ["has_vocabulary", "is_update", "note_borrowed", "note_missing", "refuse_foreign", "takes_tokenizer"]
+__all__ = [
+    "has_vocabulary",
+    "is_update",
+    "note_borrowed",
+    "note_missing",
+    "note_no_configuration",
+    "refuse_foreign",
+    "takes_tokenizer",
+    "with_configuration",
+]
 
 _CONFIG: Final = "config.json"
 _BEGAN: Final = "pass the checkpoint that the trainer began with as the base"
@@ -205,7 +215,12 @@ def note_borrowed(delta: pxd.DeltaFile, base: Checkpoint) -> None:
         return
     own, others = [asset.path for asset in delta.manifest.assets], base.folder_assets().carried
     if _CONFIG not in own:
-        taken = "that of the base is taken" if _CONFIG in others else "nor has the base; add it to load the model"
+        # A group of files is that of the delta or that of the base (assets.py).
+        hidden = next((path for path in own if asset_group(path) == asset_group(_CONFIG)), None)
+        if _CONFIG not in others:
+            taken = "nor has the base; add it to load the model"
+        else:
+            taken = f"copy that of the base, which {hidden} keeps out" if hidden else "that of the base is taken"
         note(f"{delta.path}: has no config.json; {taken}")
     if has_vocabulary(own):
         return
@@ -218,6 +233,27 @@ def note_borrowed(delta: pxd.DeltaFile, base: Checkpoint) -> None:
         )
     else:
         note(f"{delta.path}: has no tokenizer, nor has the base")
+
+
+def with_configuration(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
+    """The fine-tune, with the config.json of the base if it has other files of the configuration but not this one: they
+    would keep that of the base out (assets.py). A note says so.
+    """
+    own = {path for path in fine_tuned.folder_assets().carried if asset_group(path) == asset_group(_CONFIG)}
+    config = _config_of(base)
+    if not own or _CONFIG in own or not config:
+        return fine_tuned
+    note(f"{fine_tuned.tensors.label}: has no config.json; that of the base is stored")
+    files = {path: data for path, data in fine_tuned.assets() if path in own}
+    return replace(fine_tuned, newer={**files, _CONFIG: config})
+
+
+def note_no_configuration(new: Checkpoint) -> None:
+    """Note a new state with other files of the configuration than config.json, which an update takes as they are."""
+    own = {path for path in new.folder_assets().carried if asset_group(path) == asset_group(_CONFIG)}
+    if own and _CONFIG not in own:
+        found = f"has {listed(sorted(own))} and no config.json"
+        note(f"{new.tensors.label}: {found}, and so has the checkpoint that apply writes")
 
 
 def note_missing(base: Checkpoint, fine_tuned: Checkpoint) -> None:

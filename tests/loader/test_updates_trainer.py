@@ -84,6 +84,27 @@ def test_anchors_of_a_state_that_does_not_change_are_taken_after_the_updates_bef
     assert published(live) == published(model)
 
 
+@pytest.mark.parametrize("gone", ["step-*.pxd", "*.pxd", "step-00000002.pxd"])
+def test_a_trainer_whose_newest_file_is_gone_warns_once(
+    tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trainer()
+    writer = UpdateWriter(model, tmp_path, anchor_every=5)
+    for step in range(3):
+        writer.step()
+        train(model, step)
+    for path in tmp_path.glob(gone):
+        path.unlink()
+    assert writer.step().step == 3
+    for step in range(4, 6):
+        train(model, step)
+        writer.step()
+    assert ["step-00000002.pxd: is gone" in message for message in caplog.messages] == [True]
+    live = server()
+    assert follow(live, tmp_path).poll().step == 5
+    assert published(live) == published(model)
+
+
 def test_a_folder_of_other_tensors_or_with_a_gap_is_refused_by_name(tmp_path: Path) -> None:
     model = trainer()
     writer = UpdateWriter(model, tmp_path)

@@ -83,3 +83,24 @@ def test_the_line_of_an_error_does_not_end_at_a_colon() -> None:
         "cannot be loaded from one of: (1) a tokenizer.json"
     )
     assert first_line(ValueError("\nbroken\nadvice")) == "broken"
+
+
+def test_a_configuration_of_generation_alone_does_not_keep_the_bases_config_out(
+    pair: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, tuned = pair
+    (tuned / "config.json").unlink()
+    (tuned / "generation_config.json").write_text('{"eos_token_id": 3}')
+    delta = _delta(base, tuned)
+    assert [f"{tuned.name}: has no config.json; that of the base is stored" in told for told in caplog.messages].count(
+        True
+    )
+    apply(base, delta, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == 3
+    caplog.clear()
+    peraxis.update(base, tuned, tmp_path / "u.pxd")
+    assert "has generation_config.json and no config.json, and so has the checkpoint that apply writes" in caplog.text
+    caplog.clear()

@@ -22,7 +22,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peraxis_format.arguments import check_choice, check_least, did_you_mean
+from peraxis_format.arguments import check_choice, check_least, check_variant, did_you_mean
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import BackendError, LiveModelError, located
 from peraxis_format.ops.backend import choose
@@ -227,6 +227,8 @@ def serve(
     check_least("workers", workers, 1, error=LiveModelError)
     if not isinstance(variants, Mapping):
         raise LiveModelError(f"variants is a {type(variants).__name__}; pass a mapping, like {{'legal': 'legal.pxd'}}")
+    for name in variants:
+        check_variant(name, error=LiveModelError)
     _refuse_model(model)
     served = Served(model, list(variants), _backend(backend, model))
     try:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, get_args
 
 from torch import Tensor
 
-from peraxis_format.arguments import check_choice, check_least, did_you_mean
+from peraxis_format.arguments import check_choice, check_least, check_variant, did_you_mean
 from peraxis_format.errors import DeviceError, LiveModelError, located
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
@@ -100,6 +100,7 @@ class Registry:
         """Check a variant's file and base, and load its payload. The model is not changed."""
         if residency is not None:
             check_choice("residency", residency, get_args(Residency), error=LiveModelError)
+        check_variant(name, error=LiveModelError)
         if name in self.variants:
             raise LiveModelError(f"variant {name!r} is registered already; remove it first")
         owned = not isinstance(delta, DeltaFile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Final, Unpack
 
@@ -25,13 +26,15 @@ class PublishUpdates(TrainerCallback):
 
         Trainer(model=model, ..., callbacks=[PublishUpdates("chain", publish_every=10)])
 
-    group: the torch.distributed group of a sharded model (None: all ranks). options: those of UpdateWriter. Raises
-    ArgumentError for another one.
+    group: the torch.distributed group of a sharded model (None: all ranks). options: those of UpdateWriter. The files
+    are numbered by updates, not by optimizer steps. Raises ArgumentError.
     """
 
     def __init__(
         self, folder: str | Path, *, publish_every: int = 1, group: Any = None, **options: Unpack[UpdateOptions]
     ) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise ArgumentError(f"folder is a {type(folder).__name__}; pass the folder or the URL of the chain")
         check_least("publish_every", publish_every, 1)
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:

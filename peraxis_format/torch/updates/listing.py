@@ -14,7 +14,7 @@ from typing import Final
 
 from peraxis_format.chain_names import anchor_name, step_name, step_of
 from peraxis_format.errors import PxdError
-from peraxis_format.manifest import PART_KEY
+from peraxis_format.manifest import PART_KEY, Manifest
 from peraxis_format.reader import DeltaFile
 
 __all__ = [
@@ -46,6 +46,22 @@ class UpdateFile:
     base: str
     result: str
     stamp: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def of(
+        cls, path: Path, manifest: Manifest, *, step: int, is_anchor: bool, stamp: tuple[int, int, int] = (0, 0, 0)
+    ) -> UpdateFile:
+        """The file of this manifest, which is that of an update."""
+        return cls(
+            path=path,
+            step=step,
+            is_anchor=is_anchor,
+            content_id=manifest.content_id,
+            previous=manifest.previous,
+            base=manifest.base.digest,
+            result=manifest.result or "",
+            stamp=stamp,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,16 +193,7 @@ def _read(path: Path, stamp: tuple[int, int, int]) -> UpdateFile:
             raise OSError(f"{path}: has no result, so it is not an update")
         if PART_KEY in manifest.metadata:  # SPEC 14
             raise OSError(f"{path}: is a part of an update; join the parts with `peraxis-tools merge`")
-        return UpdateFile(
-            path=path,
-            step=place[0],
-            is_anchor=place[1],
-            content_id=delta.content_id,
-            previous=manifest.previous,
-            base=manifest.base.digest,
-            result=manifest.result,
-            stamp=stamp,
-        )
+        return UpdateFile.of(path, manifest, step=place[0], is_anchor=place[1], stamp=stamp)
 
 
 def _read_other(path: Path, stamp: tuple[int, int, int]) -> OtherFile:

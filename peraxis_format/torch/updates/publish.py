@@ -10,10 +10,11 @@ rename; only then the snapshot of the published state is updated, and a new proc
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import get_args
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ from peraxis_format.torch.updates.source import Way, chain_of
 from peraxis_format.urls import is_url
 
 __all__ = ["UpdateWriter"]
+
+_LOGGER: Final = logging.getLogger("peraxis")
 
 
 class UpdateWriter:
@@ -76,6 +79,7 @@ class UpdateWriter:
         self._snapshot: dict[str, tuple[DType, Array]] = {}
         self._digests: dict[str, str] = {}
         self._head: UpdateFile | None = None
+        self._told_gone = False
         self._broken_off = False  # whether the snapshot may not be the last published state
         with self._together():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -250,6 +254,8 @@ class UpdateWriter:
         due = self._anchor_every is not None and number > 0 and number % self._anchor_every == 0
         if due and not self._is_there(beside):
             self._anchor(beside, tied)
+        if number > 0 and not due:
+            self._warn_gone(number - 1)
         return Published(
             path=self._shown(path),
             step=number,
@@ -260,18 +266,20 @@ class UpdateWriter:
             bytes=written.size,
         )
 
+    def _warn_gone(self, step: int) -> None:
+        """Warn once if the files of a published step are gone. Something else may ship and delete them, so it is no
+        error.
+        """
+        before = [self.folder / step_name(step), self.folder / anchor_name(step)]
+        if not self._told_gone and not any(map(self._is_there, before)):
+            self._told_gone = True
+            gone = self._shown(before[step == 0])
+            _LOGGER.warning("%s: is gone; a server that does not have it can go on from the next anchor only", gone)
+
     def _reached(self, path: Path, number: int, manifest: Manifest) -> None:
         """Record that the state of this file was published last."""
         self.step_number = number
-        self._head = UpdateFile(
-            path=path,
-            step=number,
-            is_anchor=number == 0,
-            content_id=manifest.content_id,
-            previous=manifest.previous,
-            base=manifest.base.digest,
-            result=manifest.result or "",
-        )
+        self._head = UpdateFile.of(path, manifest, step=number, is_anchor=number == 0)
 
     def _recover(self) -> None:
         """After a step that was broken off, read the published state again. Raises LiveModelError if it is gone."""

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from peraxis_format import NAME, Safetensors, TensorInfo
 from peraxis_tools.checkpoints.checkpoint import Checkpoint, parse_identity
+from peraxis_tools.checkpoints.completeness import with_configuration
 from peraxis_tools.checkpoints.kinds import kind_of
 from peraxis_tools.compress.plan.plan import TABLES, table_or_kind
 from peraxis_tools.compress.plan.quantised import quantisation_of, unmerged_adapter
@@ -37,7 +38,7 @@ def matched(base: Checkpoint, fine_tuned: Checkpoint, base_id: str | None) -> tu
     left = fine_tuned.folder_assets().left
     if left:
         note(f"{fine_tuned.tensors.label}: not carried by a .pxd: {listed(left)}")
-    return base, fine_tuned
+    return base, with_configuration(base, fine_tuned)
 
 
 def _named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
