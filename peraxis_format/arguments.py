@@ -1,16 +1,16 @@
-"""Checks of arguments that callers give as plain strings and numbers, with the allowed values in the message."""
+"""Checks of arguments that callers give as plain strings, numbers and paths, with what is allowed in the message."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterable
 from typing import Final
 
 from peraxis_format.errors import ArgumentError
 
-__all__ = ["check_choice", "check_least", "check_variant", "did_you_mean"]
-
+__all__ = ["check_choice", "check_least", "check_path", "check_variant", "did_you_mean", "kind_of"]
 
 _LONGEST: Final = 100  # characters of a name that are compared
 _MOST: Final = 1 << 14  # names that it is compared with
@@ -48,3 +48,15 @@ def check_least(name: str, value: float | None, least: int, *, error: type[Excep
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least:
         raise error(f"{name} {value!r}: must be {least} or more")
+
+
+def check_path(name: str, value: object, *, error: type[Exception] = ArgumentError) -> None:
+    """Raise `error` unless the value is a text or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise error(f"{name} is {kind_of(value)}; pass a path")
+
+
+def kind_of(value: object) -> str:
+    """The type of a value with its article, for a message: `a list`, `an int`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

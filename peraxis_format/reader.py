@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from peraxis_format.arguments import check_least
+from peraxis_format.arguments import check_least, check_path
 from peraxis_format.binding import name_base
 from peraxis_format.container import TensorRecord, parts_of
 from peraxis_format.delta import ModuleDelta
@@ -42,6 +42,7 @@ class DeltaFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_path("path", path)
         self.path = Path(path)
         self._closed = False
         with located(self.path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_least, check_workers, sequence
+from peraxis_tools.arguments import check_least, check_paths, check_workers, sequence
 from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoints.assets import LEFT_BEHIND
@@ -71,6 +71,7 @@ def apply(
     number of bytes written, or True for a bar. The folder is written to `output` atomically. Raises PxdError,
     CheckpointError, ToolError, OSError.
     """
+    check_paths(base=base, output=output)
     check_workers(workers)
     shard_bytes = _shard_bytes(shard_size)
     output = Path(output)

@@ -1,7 +1,8 @@
-"""Checks of the arguments of functions: allowed strings, numbers, and one value in place of a sequence."""
+"""Checks of the arguments of functions: allowed strings, numbers, paths, and one value in place of a sequence."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -9,7 +10,15 @@ from typing import TypeVar
 from peraxis_format import arguments
 from peraxis_tools.errors import OptionError
 
-__all__ = ["check_choice", "check_least", "check_mapping", "check_workers", "refuse_idle", "sequence"]
+__all__ = [
+    "check_choice",
+    "check_least",
+    "check_paths",
+    "check_texts_by_domain",
+    "check_workers",
+    "refuse_idle",
+    "sequence",
+]
 
 T = TypeVar("T", str, "str | Path")
 
@@ -29,10 +38,18 @@ def check_workers(workers: int | None) -> None:
     check_least("workers", workers, 1)
 
 
-def check_mapping(name: str, value: object, example: str) -> None:
-    """Raise OptionError unless the value is a mapping."""
-    if not isinstance(value, Mapping):
-        raise OptionError(f"{name} is a {type(value).__name__}; pass a mapping, like {example}")
+def check_paths(*, optional: bool = False, **given: object) -> None:
+    """Raise OptionError unless all these arguments, by name, are texts or paths; or None, if they are optional."""
+    for name, value in given.items():
+        if not (optional and value is None):
+            arguments.check_path(name, value, error=OptionError)
+
+
+def check_texts_by_domain(texts: object) -> None:
+    """Raise OptionError unless `texts` is a mapping to texts or paths."""
+    if not isinstance(texts, Mapping):
+        raise OptionError(f"texts is {arguments.kind_of(texts)}; pass a mapping, like {{'chat': 'held-out.jsonl'}}")
+    check_paths(**{f"texts[{domain!r}]": text for domain, text in texts.items()})
 
 
 def refuse_idle(why: str, **given: object) -> None:
@@ -46,6 +63,8 @@ def sequence(value: T | Sequence[T]) -> list[T]:
     """The items of a sequence. A string or a path is one item, never its letters. Raises OptionError for others."""
     if isinstance(value, str | Path):
         return [value]
-    if not isinstance(value, Iterable):
-        raise OptionError(f"{value!r} is a {type(value).__name__}; pass a text or a path, or several")
-    return list(value)
+    items = list(value) if isinstance(value, Iterable) else [value]
+    for item in items:
+        if not isinstance(item, str | os.PathLike):
+            raise OptionError(f"{item!r} is {arguments.kind_of(item)}; pass a text or a path, or several")
+    return items

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import peraxis_format as pxd
 from peraxis_format.urls import is_url
+from peraxis_tools.arguments import check_paths
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.folders import atomic_folder
 from peraxis_tools.outputs.rules import claim_folder
@@ -33,6 +34,7 @@ def extract(delta: str | Path, output: str | Path, *, overwrite: bool = False) -
 
     delta: a file or a URL. From a URL only the header and the assets are fetched. Raises PxdError, ToolError, OSError.
     """
+    check_paths(delta=delta, output=output)
     output = Path(output)
     with claim_folder(output, overwrite=overwrite, inputs=(delta,)), _opened(delta) as (content_id, paths, read):
         if not paths:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import sequence
+from peraxis_tools.arguments import check_paths, sequence
 from peraxis_tools.chain import opened_deltas, state_before
 from peraxis_tools.chain.sources import local_updates
 from peraxis_tools.checkpoints.checkpoint import (
@@ -68,6 +68,7 @@ def _named(delta: str | Path | Sequence[str | Path], base: str | Path | None = N
     if not named:
         raise ToolError("no delta to load; pass one")
     if base is not None:
+        check_paths(base=base)
         refuse_swapped(base, named[0])
     return named
 

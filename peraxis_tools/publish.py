@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, get_args
 
 import peraxis_format as pxd
 from peraxis_format.hub import hub_errors, hub_reason
-from peraxis_tools.arguments import check_choice, refuse_idle, sequence
+from peraxis_tools.arguments import check_choice, check_paths, refuse_idle, sequence
 from peraxis_tools.card import CardDelta, card_text, missing_fields
 from peraxis_tools.checkpoints.checkpoint import is_delta, parse_identity
 from peraxis_tools.deltas.inspection import inspect
@@ -85,14 +85,15 @@ def publish(
     this folder and upload nothing. private: make a new repository private. revision: the branch to commit to.
     progress: called with numbers of bytes, or True for bars. Raises ToolError, PxdError, OSError.
     """
+    check_paths(card_from=card_from, dry_run=dry_run, optional=True)
     _check_options(
         license=license, relation=relation, dry_run=dry_run, revision=revision, overwrite=overwrite, private=private
     )
     require("a model card", "huggingface_hub")
     paths = [Path(path) for path in sequence(deltas)]
     dry_run = None if dry_run is None else Path(dry_run)
-    _check_names(repository, paths)
     evaluations = [] if evaluation is None else [Path(path) for path in sequence(evaluation)]
+    _check_names(repository, paths)
     bundles = [signature_path(path) for path in paths]
     if dry_run is not None:
         check_folder(dry_run, overwrite=overwrite, inputs=(*paths, *bundles, *evaluations), repository=True)

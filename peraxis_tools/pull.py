@@ -12,7 +12,7 @@ import peraxis_format as pxd
 from peraxis_format.arguments import did_you_mean
 from peraxis_format.hub import hub_errors, hub_reason
 from peraxis_format.urls import is_url
-from peraxis_tools.arguments import sequence
+from peraxis_tools.arguments import check_paths, sequence
 from peraxis_tools.deltas.content_ids import parse_content_ids
 from peraxis_tools.display.progress import Progress, ProgressOf, stages_of
 from peraxis_tools.errors import CheckFailedError, ToolError
@@ -58,6 +58,7 @@ def pull(
     with numbers of bytes, or True for bars. Raises CheckFailedError for another content ID, PxdError, ToolError,
     OSError.
     """
+    check_paths(source=source, output=output)
     if not is_url(source) and not names_a_file(source):
         require(f"{source} (a repository)", "huggingface_hub")
     folder, files = Path(output), sequence(files)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_least
+from peraxis_tools.arguments import check_least, check_paths
 from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.parts import split as write_parts
 from peraxis_tools.display.progress import Progress, watched
@@ -48,6 +48,7 @@ def split(
     The modules keep their order. The folder is written atomically. progress: called with numbers of payload bytes, or
     True for a bar. Raises ToolError, PxdError, OSError.
     """
+    check_paths(delta=delta, output=output)
     check_least("parts", parts, 2)
     folder = Path(output)
     with claim_folder(folder, overwrite=overwrite, inputs=(delta,)), pxd.open(delta) as file:

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peraxis_format.urls import is_url
-from peraxis_tools.arguments import check_least, check_mapping, check_workers, refuse_idle, sequence
+from peraxis_tools.arguments import (
+    check_least,
+    check_paths,
+    check_texts_by_domain,
+    check_workers,
+    refuse_idle,
+    sequence,
+)
 from peraxis_tools.checkpoints.checkpoint import with_revision
 from peraxis_tools.display.progress import Progress, stages_of
 from peraxis_tools.errors import ToolError
@@ -52,10 +59,11 @@ def verify(
     progress: called with numbers of bytes, or True for a bar. Raises PxdError, CheckFailedError, CheckpointError,
     ToolError, OSError.
     """
+    check_paths(base=base, bundle=bundle, public_key=public_key, fine_tuned=fine_tuned, optional=True)
     check_workers(workers)
     check_least("max_error", max_error, 0)
     check_least("max_kl", max_kl, 0)
-    check_mapping("texts", texts or {}, '{"chat": "held-out.jsonl"}')
+    check_texts_by_domain(texts or {})
     if base is None:
         refuse_idle("without base (--base)", base_revision=base_revision)
     if max_kl is None:

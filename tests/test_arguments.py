@@ -1,4 +1,4 @@
-"""Functions of the public interface refuse strings, numbers and sequences that they cannot use, in one clear line.
+"""Functions of the public interface refuse strings, numbers, paths and sequences that they cannot use, in one line.
 
 The parameters come from the signatures, so that a new one is covered.
 """
@@ -6,6 +6,7 @@ The parameters come from the signatures, so that a new one is covered.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +73,14 @@ def call(name: str, /, **given: Any) -> Any:
     return function(**{key: value for key, value in placeholders.items() if key in needed} | given)
 
 
+def misplaced(annotation: str) -> list[Any]:
+    """Values that are neither paths nor what else a parameter takes."""
+    several = [[3]] if "Sequence" in annotation else []
+    by_name = [{"a": 3}] if "Mapping" in annotation else []
+    return [3, *([] if "None" in annotation else [None]), *several, *by_name]
+
+
+PATHS = [(f, p, value) for f, p, a in parameters() if "Path" in a for value in misplaced(a)]
 ENUMERATED = [(f, p, choices(evaluated(f, a))) for f, p, a in parameters() if choices(evaluated(f, a))]
 COUNTS = [(f, p) for f, p, a in parameters() if a.startswith("int") and p not in FREE]
 
@@ -81,6 +90,13 @@ def test_the_signatures_have_the_parameters_that_these_laws_are_about() -> None:
         (f, p) for f, p, _ in ENUMERATED
     }
     assert {("split", "parts"), ("verify", "workers"), ("apply", "shard_size"), ("evaluate", "samples")} <= set(COUNTS)
+    assert {
+        ("log", "source"),
+        ("open", "path"),
+        ("sign", "private_key"),
+        ("verify", "texts"),
+        ("follow", "source"),
+    } <= {(f, p) for f, p, _ in PATHS}
 
 
 @pytest.mark.parametrize(("function", "parameter", "allowed"), ENUMERATED)
@@ -103,6 +119,15 @@ def test_a_number_below_its_range_is_refused_by_name(function: str, parameter: s
     with pytest.raises(REFUSED) as caught:
         call(function, **{parameter: value})
     assert parameter.replace("_", "-") in str(caught.value).replace("_", "-")
+
+
+@pytest.mark.parametrize(("function", "parameter", "value"), PATHS)
+def test_a_value_that_is_no_path_is_refused_by_its_type(function: str, parameter: str, value: Any) -> None:
+    with pytest.raises(REFUSED) as caught:
+        call(function, **{parameter: value})
+    said = str(caught.value)
+    named = said.startswith((f"{parameter} does nothing", f"{parameter} {value!r}: must be"))
+    assert named or re.search(r"is an? (int|NoneType); pass", said), said
 
 
 @pytest.mark.parametrize("parts", [0, 1, -5])

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import peraxis_format as pxd
 from peraxis_format.hub import hub_name
 from peraxis_format.urls import is_url
+from peraxis_tools.arguments import check_paths
 from peraxis_tools.chain.order import Link, beside_chain, chain_order, link_from
 from peraxis_tools.remote.files import RemoteFile, deltas_of, local_copy
 from peraxis_tools.remote.urls import without_secrets
@@ -45,6 +46,7 @@ def log(source: str | Path) -> ChainLog:
 
     From a URL only headers are fetched. Raises ToolError, PxdError, CheckFailedError for a broken chain.
     """
+    check_paths(source=source)
     read = [_read(file) for file in deltas_of(source)]
     entries = dict(read)
     folded = beside_chain(list(entries))

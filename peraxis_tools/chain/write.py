@@ -14,7 +14,7 @@ import numpy as np
 
 import peraxis_format as pxd
 from peraxis_format.urls import is_url
-from peraxis_tools.arguments import check_choice, sequence
+from peraxis_tools.arguments import check_choice, check_paths, sequence
 from peraxis_tools.chain.opened import opened_in_order
 from peraxis_tools.chain.order import Link
 from peraxis_tools.chain.siblings import note_repeated, own_turn, refuse_disorder, refuse_other_name
@@ -89,6 +89,7 @@ def update(
     has changed. output: a path or a URL. prefer: size (the fewest bytes) or speed (the
     fastest to apply). progress is called with bytes of `new`. Raises ToolError, CheckpointError, PxdError.
     """
+    check_paths(old=old, new=new, output=output)
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     after = sequence(after)
     with (
@@ -139,6 +140,7 @@ def compact(
     is an anchor, so is the result. updates: files, a folder, a URL or a repository on the hub. prefer: see `update`.
     Raises CheckFailedError if the results differ, ToolError, CheckpointError, PxdError.
     """
+    check_paths(base=base, output=output)
     check_choice("prefer", prefer, get_args(pxd.Prefer))
     updates = sequence(updates)
     if not updates:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+from peraxis_tools.arguments import check_paths
 from peraxis_tools.compress.options import CompressOptions, OptionError
 from peraxis_tools.compress.plan.plan import Plan
 from peraxis_tools.compress.run.run import CompressResult
@@ -73,6 +74,7 @@ def compress(
     """
     given = locals()  # the parameters and nothing else: this is the first statement
     choices = {name: given[name] for name in _CHOICES if given[name] is not None}
+    check_paths(base=base, fine_tuned=fine_tuned, output=output)
     if options is not None and choices:
         raise OptionError(f"options: pass a CompressOptions or {', '.join(choices)} by name, not both")
     return run(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_choice, check_least, refuse_idle, sequence
+from peraxis_tools.arguments import check_choice, check_least, check_paths, refuse_idle, sequence
 from peraxis_tools.chain.write import UpdateResult
 from peraxis_tools.convert.layouts import LAYOUTS, Layout
 from peraxis_tools.convert.lora import LeftOut, LoraModule, LoraResult, to_lora
@@ -61,6 +61,9 @@ def convert(
     wire's name needs `base` and takes `after`, as `to_wire` does. For a whole checkpoint call `apply`. progress is
     called with each number of bytes done. Raises ToolError, CheckpointError, PxdError, OSError.
     """
+    check_paths(source=source, output=output)
+    check_paths(base=base, optional=True)
+    after = sequence(after)
     check_choice("to", to, ("pxd", "lora", *WIRES))
     _check_words(layout, axis, prefer)
     _check_closeness(rank, max_error)
@@ -78,7 +81,7 @@ def convert(
     if base is None:
         raise ToolError(f"{source}: pass base, the checkpoint that this delta is for")
     if to != "pxd":
-        return to_wire(source, base, output, wire=to, after=sequence(after), overwrite=overwrite, progress=progress)
+        return to_wire(source, base, output, wire=to, after=after, overwrite=overwrite, progress=progress)
     wire = recognised(Path(source)) if layout is None else next((item for item in WIRES if item == layout), None)
     if wire is not None:
         refuse_idle(f"with the wire {wire}", axis=axis)
@@ -87,7 +90,7 @@ def convert(
             base,
             output,
             wire=wire,
-            after=sequence(after),
+            after=after,
             name=name,
             prefer=prefer,
             overwrite=overwrite,

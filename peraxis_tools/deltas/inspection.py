@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_tools.arguments import check_paths
 from peraxis_tools.checkpoints.kinds import KINDS, group_of, kind_of
 from peraxis_tools.deltas.parts import is_part
 
@@ -98,6 +99,7 @@ def inspect(delta: str | Path) -> InspectResult:
 
     Raises ContainerError, ProfileError, OSError.
     """
+    check_paths(delta=delta)
     with pxd.open(delta) as file:
         return summarise(str(delta), file.content_id, file.size, file.manifest, file.records)
 

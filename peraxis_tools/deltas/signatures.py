@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from peraxis_tools.arguments import refuse_idle, sequence
+from peraxis_tools.arguments import check_paths, refuse_idle, sequence
 from peraxis_tools.display.progress import Progress, stages_of
 from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError, first_line
 from peraxis_tools.outputs.folders import scratch_folder
@@ -94,6 +94,8 @@ def sign(
     above it. bundle: the path of the signature, by default `<delta>.sig`. progress: called with numbers of verified
     bytes, or True for bars. Raises ToolError, PxdError, OSError.
     """
+    check_paths(delta=delta, private_key=private_key)
+    check_paths(certificate=certificate, bundle=bundle, optional=True)
     import peraxis_format as pxd
 
     if certificate is None:

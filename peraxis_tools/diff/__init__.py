@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 import peraxis_format as pxd
 from peraxis_format.urls import is_url
-from peraxis_tools.arguments import check_workers
+from peraxis_tools.arguments import check_paths, check_workers
 from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.deltas.rows import BaseRows, base_rows
 from peraxis_tools.deltas.unpacked import unpacked
@@ -45,6 +45,8 @@ def diff(
     called with numbers of payload bytes of A, or True for a bar. Raises CheckFailedError if the bases differ,
     ToolError, PxdError, CheckpointError, OSError.
     """
+    check_paths(a=a, b=b)
+    check_paths(base=base, optional=True)
     check_workers(workers)
     if names_checkpoint(b):
         if base is None:
@@ -91,6 +93,7 @@ def diff_checkpoint(
 
     Raises CheckFailedError, PxdError, CheckpointError, OSError.
     """
+    check_paths(a=a, fine_tuned=fine_tuned, base=base)
     check_workers(workers)
     with (
         pxd.open(a) as opened,

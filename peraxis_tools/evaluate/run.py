@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import check_choice, check_least, check_mapping, refuse_idle, sequence
+from peraxis_tools.arguments import check_choice, check_least, check_paths, check_texts_by_domain, refuse_idle, sequence
 from peraxis_tools.checkpoints.checkpoint import refuse_swapped
 from peraxis_tools.checkpoints.positions import DEFAULT_LENGTH
 from peraxis_tools.display.notes import note
@@ -86,6 +86,8 @@ def evaluate(
     pass. seed: of the order of documents. progress: called with (stage, done, total), or True for bars.
     Raises ToolError, PxdError, CheckpointError.
     """
+    check_paths(base=base, fine_tuned=fine_tuned, delta=delta)
+    check_paths(task_path=task_path, optional=True)
     options = _Options(
         sequence_length=sequence_length,
         samples=samples,
@@ -138,7 +140,7 @@ def evaluate(
 
 def _check_arguments(texts: Mapping[str, str | Path], options: _Options) -> None:
     """Raise ToolError for arguments that are wrong, or that do nothing."""
-    check_mapping("texts", texts, "{'chat': 'held-out.jsonl'}")
+    check_texts_by_domain(texts)
     for candidate in options.candidates:
         check_choice("candidates", candidate, CANDIDATES)
     check_texts(texts.values())

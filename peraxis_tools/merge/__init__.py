@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import peraxis_format as pxd
-from peraxis_tools.arguments import sequence
+from peraxis_tools.arguments import check_paths, sequence
 from peraxis_tools.checkpoints.assets import with_groups
 from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.checkpoints.completeness import is_update
@@ -85,6 +85,7 @@ def merge_parts(
 
     Raises ToolError, PxdError.
     """
+    check_paths(output=output)
     output = Path(output)
     files = _files_of(deltas)
     if not files:
@@ -126,6 +127,8 @@ def merge(
     bar. The small files (configuration, tokenizer) are those of the input with the largest weight; a note says where
     they differ. Raises CheckFailedError for different bases, ToolError, PxdError, CheckpointError.
     """
+    check_paths(output=output)
+    check_paths(base=base, optional=True)
     mixture = mixture or Mixture()
     if masks is not None and not 1 <= masks <= pxd.COMPONENTS_MAX:
         raise OptionError(f"masks {masks}: must be 1 to {pxd.COMPONENTS_MAX}")

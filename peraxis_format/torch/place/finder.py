@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from peraxis_format.arguments import kind_of
 from peraxis_format.errors import LiveModelError
 from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
@@ -158,7 +159,7 @@ def tied_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 def check_target(target: object) -> None:
     """Raise LiveModelError unless this is a module or a mapping of names to tensors."""
     if not isinstance(target, nn.Module | Mapping):
-        raise LiveModelError(f"the model is a {type(target).__name__}; pass a module, or a mapping of names to tensors")
+        raise LiveModelError(f"the model is {kind_of(target)}; pass a module, or a mapping of names to tensors")
 
 
 def named(target: Target) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from peraxis_format.arguments import check_choice, check_least, check_variant, did_you_mean
+from peraxis_format.arguments import check_choice, check_least, check_path, check_variant, did_you_mean, kind_of
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import BackendError, LiveModelError, located
 from peraxis_format.ops.backend import choose
@@ -226,9 +226,11 @@ def serve(
     check_choice("backend", backend, get_args(Backend), error=BackendError)
     check_least("workers", workers, 1, error=LiveModelError)
     if not isinstance(variants, Mapping):
-        raise LiveModelError(f"variants is a {type(variants).__name__}; pass a mapping, like {{'legal': 'legal.pxd'}}")
-    for name in variants:
+        raise LiveModelError(f"variants is {kind_of(variants)}; pass a mapping, like {{'legal': 'legal.pxd'}}")
+    for name, delta in variants.items():
         check_variant(name, error=LiveModelError)
+        if not isinstance(delta, DeltaFile):
+            check_path(f"variants[{name!r}]", delta, error=LiveModelError)
     _refuse_model(model)
     served = Served(model, list(variants), _backend(backend, model))
     try:

@@ -21,7 +21,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from peraxis_format.arguments import check_choice, check_least
+from peraxis_format.arguments import check_choice, check_least, kind_of
 from peraxis_format.errors import BindingError, LiveModelError, located, torn
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
@@ -93,7 +93,7 @@ def apply_(
     if not isinstance(delta, DeltaFile | str | os.PathLike):
         swapped = isinstance(target, DeltaFile | str | os.PathLike)
         remedy = "pass them in the other order, apply_(model, delta)" if swapped else "pass a path or an open delta"
-        raise LiveModelError(f"the delta is a {type(delta).__name__}; {remedy}")
+        raise LiveModelError(f"the delta is {kind_of(delta)}; {remedy}")
     check_choice("undo", undo, ("device", "host"), error=LiveModelError)
     check_least("workers", workers, 1, error=LiveModelError)
     started = time.perf_counter()

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from peraxis_format.arguments import check_path
 from peraxis_format.delta import Encoding
 from peraxis_format.dtypes import digest_of
 from peraxis_format.errors import ArgumentError, BindingError, LiveModelError, PxdError, TornError, first_line
@@ -69,7 +70,7 @@ def follow(
     after each poll that applied an update. shards: as in apply_. group: that of a sharded model, whose ranks see
     one folder, or follow one URL, and poll together, equally often; with `start`, a group that no other code uses.
     Tensors of the target that the chain lacks are named by a warning of the logger `peraxis`, and stay as they are.
-    Raises LiveModelError for a target that is no model, and for a URL whose package is not installed.
+    Raises LiveModelError for a target that is no model, and for a URL whose package is not installed; ArgumentError.
     """
     return Follower(target, source, lock=lock, on_update=on_update, shards=shards, group=group)
 
@@ -87,6 +88,7 @@ class Follower:
         shards: Mapping[str, Shard] | None = None,
         group: Any = None,
     ) -> None:
+        check_path("source", folder)
         check_target(target)
         self._mirror: Mirror | SharedMirror | None = None
         if is_url(folder):

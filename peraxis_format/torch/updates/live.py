@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peraxis_format.arguments import check_path, kind_of
 from peraxis_format.errors import ArgumentError, LiveModelError
 from peraxis_format.torch.place.finder import checkpoint_names
 from peraxis_format.torch.place.pieces import is_dtensor
@@ -18,8 +19,9 @@ __all__ = ["check_publishing", "live_tensors"]
 
 def check_publishing(model: object, folder: str | Path, dtype: object) -> None:
     """Raise ArgumentError unless a model, a folder or URL, and a floating-point dtype (or None) are given."""
+    check_path("folder", folder)
     if not isinstance(model, nn.Module | Mapping):
-        raise ArgumentError(f"model is a {type(model).__name__}; pass a module, or a mapping of names to tensors")
+        raise ArgumentError(f"model is {kind_of(model)}; pass a module, or a mapping of names to tensors")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ArgumentError(f"dtype {dtype!r}: must be a floating-point dtype, like torch.bfloat16, or None")
     if Path(folder).is_file():
