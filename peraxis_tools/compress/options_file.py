@@ -21,6 +21,7 @@ from peraxis_tools.compress.options import (
     read_yaml,
 )
 from peraxis_tools.deltas.metadata_keys import CONFIG_KEY
+from peraxis_tools.texts.samples import check_calibration
 
 __all__ = ["options_of"]
 
@@ -42,11 +43,17 @@ def options_of(config: Path | None, given: dict[str, Any]) -> CompressOptions:
     """
     own = {} if config is None else _read_options(config)
     try:
-        return CompressOptions.from_mapping(_overridden(own, given) | given)
+        options = CompressOptions.from_mapping(_overridden(own, given) | given)
     except OptionError as error:
         if config is not None and _fault(own) == str(error):
             raise OptionError(f"{config}: {error}") from None
         raise
+    if config is not None and "calibration" not in given:
+        try:
+            check_calibration(options.calibration)
+        except OptionError as error:
+            raise OptionError(f"{config}: {error}; name the text here with calibration (--calibration)") from None
+    return options
 
 
 def _overridden(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 import peraxis_format as pxd
 
-__all__ = ["BaseRows", "base_rows", "delta_rows", "has_delta", "restrict", "row_blocks"]
+__all__ = ["BaseRows", "base_rows", "delta_rows", "difference", "has_delta", "restrict", "row_blocks"]
 
+Floats = TypeVar("Floats", NDArray[np.float32], NDArray[np.float64])
 _BLOCK_ELEMENTS: Final = 1 << 20  # 4 MiB of binary32 for each array of a block
 
 # Reads rows of a module's base tensor as binary32.
@@ -95,4 +96,10 @@ def delta_rows(module: pxd.ModuleDelta, rows: slice, base: BaseRows | None) -> N
         return np.zeros((rows.stop - rows.start, *module.shape[1:]) if module.shape else (), np.float32)
     if base is None or module.full is None:
         raise pxd.ShapeError(f"{module.name}: has the encoding `full`; its delta needs the base")
-    return pxd.to_float32(module.full[rows] if module.shape else module.full, module.dtype) - base(rows)
+    return difference(pxd.to_float32(module.full[rows] if module.shape else module.full, module.dtype), base(rows))
+
+
+def difference(new: Floats, old: Floats) -> Floats:
+    """new - old, with 0 for equal infinities."""
+    with np.errstate(invalid="ignore"):
+        return np.where(new == old, new.dtype.type(0), new - old)

@@ -116,7 +116,7 @@ def sign(
         with _clear(f"{file}: cannot be signed with {private_key}", ToolError), stages("sign", None):
             config = signing.Config().set_hashing_config(_hashing(bundle))
             secret = None if password is None else password.encode()
-            _check_elliptic(private_key, secret)
+            _check_key(private_key, secret, with_certificate=certificate is not None)
             if certificate is None:
                 # cryptography, which gets the password from the library as it is, needs bytes.
                 config.use_elliptic_key_signer(private_key=private_key, password=secret)
@@ -132,12 +132,19 @@ def sign(
     )
 
 
-def _check_elliptic(private_key: Path, password: bytes | None) -> None:
-    """Raise ValueError for a key of another kind, which the library does not name. Raises what cryptography raises."""
+def _check_key(private_key: Path, password: bytes | None, *, with_certificate: bool) -> None:
+    """Raise ValueError for a key of another kind and for one that stays encrypted, which the library does not name.
+    Raises what cryptography raises.
+    """
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    key = load_pem_private_key(private_key.read_bytes(), password)
+    data = private_key.read_bytes()
+    if (password is None or with_certificate) and b"ENCRYPTED" in data:
+        if with_certificate:
+            raise ValueError("it is encrypted, which the library cannot read beside a certificate; decrypt it first")
+        raise ValueError("it is encrypted; give its password, in PERAXIS_KEY_PASSWORD or as password")
+    key = load_pem_private_key(data, password)
     if not isinstance(key, EllipticCurvePrivateKey):
         raise ValueError("it is no elliptic-curve key; make one with `openssl ecparam -genkey -noout -name prime256v1`")
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.deltas.factors import joined, module_sum
 from peraxis_tools.deltas.fold import fold
-from peraxis_tools.deltas.rows import BaseRows, delta_rows, has_delta, row_blocks
+from peraxis_tools.deltas.rows import BaseRows, delta_rows, difference, has_delta, row_blocks
 from peraxis_tools.errors import ToolError
 from peraxis_tools.merge.exact import merge_exact, merge_tails
 from peraxis_tools.merge.fit import AnyDense, Dense, fit_masks
@@ -153,7 +153,7 @@ def _unrounded(module: pxd.ModuleDelta, rows: slice, base: BaseRows | None) -> N
     if module.full is None or base is None:
         return delta_rows(module, rows, base).astype(np.float64)
     full = pxd.to_float32(module.full[rows] if module.shape else module.full, module.dtype)
-    return full.astype(np.float64) - base(rows)
+    return difference(full.astype(np.float64), base(rows).astype(np.float64))
 
 
 def _dense(module: pxd.ModuleDelta, base: BaseRows | None) -> Dense:

@@ -111,6 +111,8 @@ def refuse_folder(path: Path, *, overwrite: bool, repository: bool = False) -> N
     earlier = earlier_output(path, repository=repository)
     if not others:
         return
+    if not overwrite and earlier is None:
+        raise ToolError(f"{path}: exists already, and is no earlier output; choose another output")
     if not overwrite:
         state = "has an unfinished output" if earlier is not None and not earlier.finished else "exists already"
         raise ToolError(f"{path}: {state}; choose another output or pass overwrite (--overwrite)")

@@ -117,3 +117,12 @@ def test_a_mapping_that_permutes_inside_tensors_is_told_from_a_missing_tensor(
 
     monkeypatch.setattr(core_model_loading, "revert_weight_conversion", permuted)
     refused(model, path, LiveModelError, r"experts.*stores it in several tensors, or in another order")
+
+
+def test_a_model_without_its_prefix_is_told_from_another_model(tmp_path: Path) -> None:
+    """AutoModel has no prefix `model.` in its names, which the checkpoint of the language model has."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(configurations()[1]).to(torch.bfloat16)
+    path = write_delta(tmp_path / "d.pxd", base_of(model), tied={"lm_head.weight": "model.embed_tokens.weight"})
+    refused(model.model, path, LiveModelError, r"in place of model\.\S+, like a part of the model; load all of it")

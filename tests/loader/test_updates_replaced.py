@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from peraxis_format.engines.vllm.following import Following
+from peraxis_format.errors import LiveModelError
 from peraxis_format.torch.updates import UpdateWriter, follow
 from tests.loader.test_updates_writes import move, same, weights
+from tests.loader.updates_pair import server, train, trainer
 
 
 def publish(folder: str | Path, steps: int, seed: int = 0) -> tuple[UpdateWriter, dict[str, torch.Tensor]]:
@@ -146,3 +148,30 @@ def test_a_trainer_goes_on_after_its_published_files_were_taken_away(tmp_path: P
         move(model)
         old.step()
     assert sorted(path.name for path in (tmp_path / "chain").iterdir()) == ["step-00000004.pxd", "step-00000005.pxd"]
+
+
+def test_another_chain_that_is_longer_is_reported_where_it_has_another_state_at_the_same_step(tmp_path: Path) -> None:
+    folder, live = tmp_path / "chain", server()
+    model = trainer()
+    writer = UpdateWriter(model, folder)
+    for step in range(2):
+        writer.step()
+        train(model, step)
+    assert follow(live, folder).poll().step == 1
+    follower = follow(live, folder)
+    follower.poll()
+    shutil.rmtree(folder)
+    other = trainer()
+    writer = UpdateWriter(other, folder)
+    for step in range(4):
+        writer.step()
+        train(other, 10 + step)
+    (found,) = [told for told in follower.poll().waiting.values() if "has another chain" in told]
+    assert "follow again from the beginning" in found
+
+
+def test_an_adapter_that_is_not_merged_is_refused_by_a_trainer(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"base_layer": torch.nn.Linear(4, 4)})
+    model.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 2, bias=False)})
+    with pytest.raises(LiveModelError, match=r"lora_A\.default\.weight: is of an adapter.*merge it"):
+        UpdateWriter(model, tmp_path / "adapter").step()

@@ -19,7 +19,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"fit": "none"},
     {"fit": "adamw", "masks": 1, "calibration": "c4"},
     {"fit": "closed-form", "calibration": "c4"},
-    {"recipe": "best", "calibration": ["c4", "chat.jsonl"], "seed": 3, "device": "cpu", "refine-rounds": 2},
+    {"recipe": "best", "calibration": ["c4", "org/chat"], "seed": 3, "device": "cpu", "refine-rounds": 2},
     {"recipe": "quick", "axis": "row", "embeddings": "full", "masks": 2},
 ]
 GIVEN: list[dict[str, Any]] = [
@@ -80,3 +80,13 @@ def test_two_options_of_the_command_line_that_contradict_each_other_are_refused_
     with pytest.raises(OptionError) as caught:
         options_of(write(tmp_path / "a.yaml", {"recipe": "best", "calibration": "c4"}), given)
     assert "a.yaml" not in str(caught.value)
+
+
+def test_a_text_of_a_config_that_is_not_there_is_named_with_the_config(tmp_path: Path) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text("calibration: not-here.jsonl\n")
+    with pytest.raises(OptionError, match=rf"^{config}: text not-here\.jsonl: no such file.*--calibration\)$"):
+        options_of(config, {})
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    assert options_of(config, {"calibration": (str(text),)}).calibration == str(text)

@@ -128,6 +128,25 @@ def test_weighted_deltas_of_exact_tensors_keep_bits_that_binary32_differences_lo
         assert np.all(pxd.to_float32(file.load("norm.weight").full, pxd.DType.F32) == 1.5)
 
 
+@pytest.mark.parametrize("method", ["sum", "linear", "dare", "ties"])
+def test_equal_infinities_of_base_and_inputs_stay(tmp_path: Path, method) -> None:
+    base = np.array([np.inf, -np.inf, 1.0, 2.0], np.float32)
+    ref = pxd.BaseRef(dtype=pxd.DType.F32, shape=(4,), sha256=pxd.digest_of(base))
+    checkpoint = write_checkpoint(tmp_path / "base", {"norm.weight": (base, pxd.DType.F32)})
+    paths = []
+    for i in range(2):
+        full = base + np.array([0, 0, i, 1], np.float32)
+        module = pxd.ModuleDelta(
+            name="norm.weight", shape=(4,), dtype=pxd.DType.F32, encoding=pxd.Encoding.FULL, base=ref, full=full
+        )
+        paths.append(write_delta(tmp_path / f"{i}.pxd", [module]))
+    merge(paths, tmp_path / "out.pxd", weights=[0.5, 0.5], base=checkpoint, mixture=Mixture(method=method))
+    with pxd.open(tmp_path / "out.pxd") as file:
+        merged = pxd.to_float32(file.load("norm.weight").full, pxd.DType.F32)
+    assert merged[:2].tolist() == [np.inf, -np.inf]
+    assert np.all(np.isfinite(merged[2:]))
+
+
 @pytest.mark.parametrize("method", ["sum", "ties", "dare"])
 def test_a_base_that_is_needed_is_asked_for_before_any_work(tmp_path: Path, method) -> None:
     rng = np.random.default_rng(0)

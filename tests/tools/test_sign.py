@@ -17,6 +17,7 @@ from peraxis_tools.commands.sign import command as sign_command
 from peraxis_tools.commands.verify import command as verify_command
 from peraxis_tools.compress import compress
 from peraxis_tools.deltas.signatures import refuse_stale_signature
+from peraxis_tools.deltas.signatures import sign as sign_delta
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.rules import claim_delta
 from tests.factories import random_storage, sign_module, write_delta
@@ -60,11 +61,14 @@ def test_an_encrypted_key_signs_with_its_password_alone(
     delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, private, public = write_key(tmp_path, "mine", password="pässwörd".encode())
-    for password in (None, "another"):
+    for password, told in ((None, "it is encrypted; give its password, in PERAXIS_KEY_PASSWORD"), ("another", "")):
         if password is not None:
             monkeypatch.setenv("PERAXIS_KEY_PASSWORD", password)
         result = CliRunner().invoke(sign_command, [str(delta), "--private-key", str(private)])
-        assert isinstance(result.exception, ToolError), password
+        assert isinstance(result.exception, ToolError)
+        assert told in str(result.exception)
+    with pytest.raises(ToolError, match="is encrypted, which the library cannot read beside a certificate; decrypt"):
+        sign_delta(delta, private_key=private, certificate=public, password="pässwörd")
     monkeypatch.setenv("PERAXIS_KEY_PASSWORD", "pässwörd")
     sign(delta, "--private-key", private)
     assert verify(delta, "--signature", "--public-key", public)[0] == 0

@@ -65,7 +65,7 @@ def place(
                 [_checked(entry, shard, remedies, manifest, mixed=mixed) for shard in placement[entry.name]]
             )
     _refuse_composed(missing, finder, remedies)
-    _refuse_missing(manifest, missing, remedies)
+    _refuse_missing(manifest, missing, finder, remedies)
     _refuse_dropped(manifest, finder, placement, remedies)
     for entry, shard in _untied_copies(target, finder, placement):
         placement[entry.name] += (_checked(entry, shard, remedies, manifest, mixed=mixed),)
@@ -97,7 +97,7 @@ def _checked(entry: ModuleEntry, shard: ShardView, remedies: Remedies, manifest:
         )
     if view.device.type == "meta":
         raise LiveModelError(f"{name}: on the meta device, without storage; load the weights first")
-    if mixed and is_widened(entry, view):
+    if mixed and is_widened(entry, view) and tuple(view.shape) == extent(shard.box):
         shard = narrowed(entry, shard)
     _check(entry, shard, remedies, manifest)
     return shard
@@ -173,11 +173,23 @@ def _refuse_composed(missing: list[str], finder: Finder, remedies: Remedies) -> 
         )
 
 
-def _refuse_missing(manifest: Manifest, missing: list[str], remedies: Remedies) -> None:
+def _without_prefix(name: str, live: Mapping[str, Tensor]) -> str | None:
+    """The name after its first word, if the live model has it: AutoModel has no prefix `model.`, files have one."""
+    rest = name.partition(".")[2]
+    return rest if rest in live else None
+
+
+def _refuse_missing(manifest: Manifest, missing: list[str], finder: Finder, remedies: Remedies) -> None:
     entries = {module.name: module for module in manifest.modules}
     bound = [module for module in manifest.modules if module.base is not None]
     lacking = [name for name in missing if entries[name].base is not None]
     if lacking and len(lacking) == len(bound):
+        shorter = next((name for name in lacking if _without_prefix(name, finder.live)), None)
+        if shorter is not None:
+            raise LiveModelError(
+                f"the live model has {_without_prefix(shorter, finder.live)} in place of {shorter}, like a part of the "
+                f"model; load all of it (AutoModelForCausalLM), or {remedies.unplaced}"
+            )
         raise BindingError("E401", f"the live model has none of {len(lacking)} base tensors, like {lacking[0]!r}")
     if lacking:
         detail = f"the live model has no {lacking[0]!r} ({len(lacking)} of {len(bound)} missing)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.urls import is_url
 
 __all__ = ["check_publishing", "live_tensors"]
+
+_ADAPTER: Final = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
 
 
 def check_publishing(model: object, folder: str | Path, dtype: object) -> None:
@@ -47,6 +51,11 @@ def live_tensors(
         if not isinstance(tensor, Tensor):
             continue
         name = names.get(own, own)
+        if isinstance(model, nn.Module) and _ADAPTER.search(own):
+            raise LiveModelError(
+                f"{own}: is of an adapter, which no server has; merge it (merge_and_unload), or pass a mapping of the "
+                "tensors to publish"
+            )
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
             raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")
@@ -57,7 +66,7 @@ def live_tensors(
             )
         if is_dtensor(tensor) and not in_pieces:
             raise LiveModelError(f"{name}: is sharded; use ShardedUpdateWriter, on every rank")
-        key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        key: tuple[object, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if is_dtensor(tensor):
             key = (id(tensor),)  # its address is not meaningful
         if key in first:

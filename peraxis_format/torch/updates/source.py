@@ -123,15 +123,18 @@ def reached_step(files: Sequence[UpdateFile], state: str | None, step: int | Non
 def other_chain(
     files: Sequence[UpdateFile], state: str | None, step: int | None, *, source: object, problems: Iterable[Path] = ()
 ) -> str | None:
-    """The reason why no file of a source will ever continue a state: they are those of another chain, which is behind.
+    """The reason why no file of a source will ever continue a state: they are those of another chain, which is behind,
+    or has another state at the same step.
 
     state, step: as in next_update. problems: files that cannot be read. None if there is no such reason.
     """
     if not files or state is None or step is None:
         return None
     unread = any(step_of(path.name) is not None for path in problems)
-    if unread or files[-1].step > step or any(file.result == state for file in files):
+    if unread or any(file.result == state for file in files):
         return None
+    if files[-1].step > step and all(file.step != step for file in files):
+        return None  # the files before may have been deleted
     first, last = files[0], files[-1]
     named = f"{first.path.name} ({first.content_id})"
     named += "" if first is last else f" to {last.path.name} ({last.content_id})"
@@ -164,10 +167,10 @@ def standing(
     state, step: as in next_update. noticed: `other` after the poll before; another chain is logged once.
     """
     step = reached_step(files, state, step)
+    other = other_chain(files, state, step, source=source, problems=waiting)
     ahead = [file for file in files if not file.is_anchor and file.step > (-1 if step is None else step)]
     for file in ahead:
         waiting.setdefault(file.path, f"{file.path}: does not continue the model's state")
-    other = other_chain(files, state, step, source=source, problems=waiting)
     if other is not None:
         waiting[Path(source)] = other
         if other != noticed:
