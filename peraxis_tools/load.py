@@ -27,7 +27,8 @@ from peraxis_tools.checkpoints.checkpoint import (
     refuse_swapped,
     with_revision,
 )
-from peraxis_tools.checkpoints.completeness import has_vocabulary, note_borrowed, refuse_foreign
+from peraxis_tools.checkpoints.completeness import has_vocabulary, note_borrowed, refuse_foreign, shapes_of
+from peraxis_tools.checkpoints.config_shapes import check_config_shapes, other_shape
 from peraxis_tools.checkpoints.json_files import json_object
 from peraxis_tools.deltas.parts import refuse_part
 from peraxis_tools.deltas.rebuild import assets_of, checkpoint_bytes, payload_first, rebuild_all
@@ -111,8 +112,12 @@ def load_model(
         assets = dict(assets_of(file, checkpoint))
         config = _object_of(assets, "config.json", label) or checkpoint.config()
         generation = _object_of(assets, "generation_config.json", label)
+        pxd.check_base_names(file.manifest, checkpoint.tensors)  # of two errors, a wrong base says more
+        parsed, kind = _model_kind(config, label)
+        check_config_shapes(kind, parsed, shapes_of(file.manifest), label)
         state = _state_of(file, checkpoint, step)
-    model = _build_model(config, state, options, label)
+    dtype = config.get("dtype", config.get("torch_dtype", "float32"))
+    model = _build_model(kind, parsed, state, {"dtype": dtype, **options}, label)
     if generation is not None:
         _set_generation(model, generation, label)
     return model
@@ -132,20 +137,21 @@ def _state_of(file: pxd.DeltaFile, checkpoint: Checkpoint, step: Callable[[int],
     return state
 
 
-def _build_model(
-    config: dict[str, Any], state: dict[str, Tensor], options: dict[str, Any], label: str
-) -> PreTrainedModel:
-    """The model of a config.json with these tensors. options: of from_pretrained; the dtype is that of the config."""
-    import torch
-
+def _model_kind(config: dict[str, Any], label: str) -> tuple[Any, Any]:
+    """The configuration of a config.json, and the class of its model. Raises ToolError if there is none."""
     from peraxis_tools.checkpoints.environment import parse_config
 
-    dtype = config.get("dtype", config.get("torch_dtype", torch.float32))
-    # Other shapes are refused below, where transformers names none of them.
-    options = {"dtype": dtype, **options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     parsed = parse_config(config, label=label)
     # Use the class itself, because AutoModelForCausalLM.from_pretrained needs a folder.
-    kind = _model_class(parsed, label)
+    return parsed, _model_class(parsed, label)
+
+
+def _build_model(
+    kind: Any, parsed: Any, state: dict[str, Tensor], options: dict[str, Any], label: str
+) -> PreTrainedModel:
+    """The model of a configuration with these tensors. kind: its class. options: of from_pretrained."""
+    # Other shapes are refused below, where transformers names none of them.
+    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _told(f"{label}: transformers cannot build its model"):
         model, info = kind.from_pretrained(None, config=parsed, state_dict=state, **options)
     _refuse_random(info["missing_keys"], kind, label)
@@ -181,11 +187,7 @@ def _refuse_random(missing: Collection[str], kind: type, label: str) -> None:
 def _refuse_other_shapes(mismatched: Collection[tuple[str, Any, Any]], label: str) -> None:
     """Raise CheckFailedError for weights that the model of the config.json has in other shapes."""
     if mismatched:
-        name, own, wanted = min(mismatched)
-        raise CheckFailedError(
-            f"{label}: {name} is {list(own)}, and the model of its config.json has {list(wanted)} there; the "
-            "configuration is another model's"
-        )
+        raise other_shape(label, *min(mismatched))
 
 
 @contextlib.contextmanager
@@ -205,7 +207,7 @@ def _model_class(config: Any, label: str) -> Any:
 
     from peraxis_tools.checkpoints.environment import check_causal
 
-    for name in config.architectures or ():
+    for name in config.architectures if isinstance(config.architectures, list) else ():
         kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return kind

@@ -30,6 +30,7 @@ __all__ = [
     "note_missing",
     "note_no_configuration",
     "refuse_foreign",
+    "shapes_of",
     "takes_tokenizer",
     "with_configuration",
 ]
@@ -177,6 +178,12 @@ def _tail(name: str) -> str:
     """The end of a name, from its layer on, or its last two words: prefixes differ between a model and its files."""
     number = _NUMBER.search(name)
     return name[number.start() :] if number else ".".join(name.split(".")[-2:])
+
+
+def shapes_of(manifest: pxd.Manifest) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a state, aliases included."""
+    names = manifest.names()
+    return {name: module.shape for module in manifest.modules for name in names[module.name]}
 
 
 def _is_needed(info: pxd.TensorInfo, present: Collection[str]) -> bool:

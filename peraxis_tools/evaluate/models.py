@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import peraxis_format as pxd
 from peraxis_tools.checkpoints import environment
 from peraxis_tools.checkpoints.checkpoint import open_checkpoint
-from peraxis_tools.checkpoints.config_bounds import check_config_bounds
+from peraxis_tools.checkpoints.config_shapes import check_config_shapes
 from peraxis_tools.checkpoints.positions import checked_length
 from peraxis_tools.checkpoints.vocabulary import check_ids, check_tokenizer_files
 from peraxis_tools.errors import ToolError
@@ -36,22 +36,28 @@ class RenamedWeightError(ToolError):
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
+    return _folder_and_shapes(source, revision)[0]
+
+
+def _folder_and_shapes(source: str | Path, revision: str | None) -> tuple[Path, dict[str, tuple[int, ...]]]:
+    """The folder of a checkpoint, and the shapes of its tensors."""
     with open_checkpoint(source, revision=revision) as checkpoint:
         if checkpoint.folder is None:
             raise ToolError(f"{source}: has no configuration beside it; pass the checkpoint's folder")
         checkpoint.config()
         checkpoint.tensors.check_dtypes()  # transformers reads every tensor
-        return checkpoint.folder
+        return checkpoint.folder, {name: checkpoint.tensors[name].shape for name in checkpoint.tensors}
 
 
 def load_checkpoint_model(
     source: str | Path, *, dtype: torch.dtype, device: torch.device, revision: str | None = None
 ) -> PreTrainedModel:
-    """The unchanged checkpoint, computing in `dtype`."""
+    """The unchanged checkpoint, computing in `dtype`. Raises CheckFailedError if its config.json does not fit it."""
     from transformers import AutoModelForCausalLM
 
-    folder = _folder(source, revision)
-    check_config_bounds(folder)
+    folder, shapes = _folder_and_shapes(source, revision)
+    config = environment.load_config(folder)
+    check_config_shapes(AutoModelForCausalLM.from_config, config, shapes, str(source))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return _on(model.eval(), device)
 

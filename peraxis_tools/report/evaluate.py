@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from peraxis_tools.display.shown import counted
 from peraxis_tools.evaluate.types import DomainResult, EvaluateResult, TaskResult
 from peraxis_tools.report.console import size, text
 
@@ -73,7 +74,7 @@ def _tail_lines(domain: DomainResult) -> Iterator[str]:
     if merged is None:
         return
     for token in sorted(merged.tail.special, key=lambda token: -token.kl)[:_SPECIAL_SHOWN]:
-        yield f"after {text(repr(token.text))}  KL {shown_kl(token.kl)}, {token.count} times"
+        yield f"after {text(repr(token.text))}  KL {shown_kl(token.kl)}, {counted(token.count, 'time')}"
     for worst in merged.tail.worst[:_WORST_SHOWN]:
         yield f"worst  KL {shown_kl(worst.kl)} after {text(repr(worst.text[-60:]))}"
 
