@@ -24,7 +24,7 @@ from peraxis_tools.checkpoints.assets import changed_groups
 from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.checkpoints.completeness import note_no_configuration, refuse_foreign
 from peraxis_tools.checkpoints.kinds import execution_key
-from peraxis_tools.compress.plan.pairing import check_pair, tied_pairs
+from peraxis_tools.compress.plan.pairing import OF_UPDATE, check_pair, tied_pairs
 from peraxis_tools.deltas.blocks import count_blocks
 from peraxis_tools.deltas.module_counts import count_encodings
 from peraxis_tools.display.notes import note
@@ -100,7 +100,7 @@ def update(
     ):
         if links:
             refuse_other_name(output, links[-1])
-        check_pair(state, fine_tuned)
+        check_pair(state, fine_tuned, OF_UPDATE)
         note_no_configuration(fine_tuned)
         assets = changed_groups(dict(state.assets(checked=False)), dict(fine_tuned.assets()))
         job = UpdateJob(

@@ -13,7 +13,7 @@ import torch
 
 import peraxis
 import peraxis_format as pxd
-from peraxis_tools.errors import CheckFailedError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.verify_files import Status
 from tests.factories import random_storage, write_checkpoint
 from tests.tools.test_chain import Tensors, assert_holds, start, stepped
@@ -181,3 +181,19 @@ def test_an_update_that_is_larger_than_the_checkpoint_says_so(tmp_path: Path, ca
     caplog.clear()
     peraxis.update(tmp_path / "old", tmp_path / "near", tmp_path / "near" / "small.pxd")
     assert "more than" not in caplog.text
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_of_checkpoints_of_two_models_update_names_the_old_and_the_new_one(shared: bool, tmp_path: Path) -> None:
+    for side, width in (("old", 8), ("new", 6)):
+        weights = random_storage(np.random.default_rng(1), (4, width)), pxd.DType.BF16
+        write_checkpoint(tmp_path / side, {"up.weight" if shared else f"{side}.weight": weights})
+    with pytest.raises(ToolError) as caught:
+        peraxis.update(tmp_path / "old", tmp_path / "new", tmp_path / "a.pxd")
+    said = str(caught.value)
+    if shared:
+        assert "up.weight is [4, 8] in the old checkpoint and [4, 6] in the new checkpoint; pass two check" in said
+    else:
+        assert "(the old checkpoint has old.weight; the new checkpoint has new.weight)" in said
+    assert "base" not in said
+    assert "fine-tune" not in said

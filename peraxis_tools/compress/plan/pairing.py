@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from peraxis_format import NAME, Safetensors, TensorInfo
@@ -19,10 +19,25 @@ from peraxis_tools.display.notes import note
 from peraxis_tools.display.shown import listed
 from peraxis_tools.errors import ToolError
 
-__all__ = ["check_pair", "matched", "quantised_side", "tied_pairs"]
+__all__ = ["OF_UPDATE", "Roles", "check_pair", "matched", "quantised_side", "tied_pairs"]
 
 _SHOWN: Final = 3
 _DIMENSIONS_MAX: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """What a verb calls its two checkpoints. remedy: what to do if they are of two models."""
+
+    base: str = "base"
+    fine_tuned: str = "fine-tune"
+    remedy: str = "pass the fine-tune's own base"
+
+
+OF_UPDATE: Final = Roles(
+    base="old checkpoint", fine_tuned="new checkpoint", remedy="pass two checkpoints of one model, the old one first"
+)
+_OF_FINE_TUNE: Final = Roles()
 
 
 def _infos(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
@@ -50,7 +65,7 @@ def _named_as_base(base: Checkpoint, fine_tuned: Checkpoint) -> Checkpoint:
     return replace(fine_tuned, tensors=fine_tuned.tensors.renamed(names))
 
 
-def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
+def check_pair(base: Checkpoint, fine_tuned: Checkpoint, roles: Roles = _OF_FINE_TUNE) -> None:
     """Raise ToolError unless the fine-tuned checkpoint can be a fine-tune of the base.
 
     It must share tensors with the base, and shared tensors must have equal shapes, except for the rows of a vocabulary.
@@ -62,36 +77,37 @@ def check_pair(base: Checkpoint, fine_tuned: Checkpoint) -> None:
     base.tensors.check_dtypes(tuned_infos)  # SPEC 7: others of the base are ignored
     pair = f"{base.tensors.label} and {fine_tuned.tensors.label}"
     shared = [name for name in tuned_infos if name in base_infos]
-    reason = quantised_side(base, fine_tuned)
+    reason = quantised_side(base, fine_tuned, roles)
     if not shared:
         theirs, ours = listed(sorted(base_infos), _SHOWN), listed(sorted(tuned_infos), _SHOWN)
-        why = reason or f"no tensor has the same name (base has {theirs}; fine-tuned {ours})"
+        why = (
+            reason or f"no tensor has the same name (the {roles.base} has {theirs}; the {roles.fine_tuned} has {ours})"
+        )
         raise ToolError(f"{pair} are no pair: {why}")
     resized = _vocabularies(base, fine_tuned)
     differing = []
     for name in shared:
         ours_shape, base_shape = tuned_infos[name].shape, base_infos[name].shape
         if ours_shape != base_shape and not _is_resized(name, ours_shape, base_shape, resized):
-            differing.append(f"{name} is {list(base_shape)} in the base and {list(ours_shape)} in the fine-tuned")
+            differing.append(
+                f"{name} is {list(base_shape)} in the {roles.base} and {list(ours_shape)} in the {roles.fine_tuned}"
+            )
     if differing:
-        remedy = reason or "pass the fine-tune's own base"
-        raise ToolError(f"{pair} are no pair: {listed(differing, _SHOWN)}; {remedy}")
+        raise ToolError(f"{pair} are no pair: {listed(differing, _SHOWN)}; {reason or roles.remedy}")
     if reason is not None:
         note(reason)
     dropped = sorted(name for name in (*base_infos, *base.tensors.foreign) if name not in tuned_infos)
     if dropped:
-        note(f"{fine_tuned.tensors.label}: lacks {len(dropped)} of the base's tensors: {listed(dropped, _SHOWN)}")
+        lacking = f"{len(dropped)} of the {roles.base}'s tensors"
+        note(f"{fine_tuned.tensors.label}: lacks {lacking}: {listed(dropped, _SHOWN)}")
 
 
-def quantised_side(base: Checkpoint, fine_tuned: Checkpoint) -> str | None:
+def quantised_side(base: Checkpoint, fine_tuned: Checkpoint, roles: Roles = _OF_FINE_TUNE) -> str | None:
     """Text that names the quantised checkpoint and its remedy; None if neither is quantised."""
-    for side, checkpoint in (("base", base), ("fine-tune", fine_tuned)):
+    for side, checkpoint in ((roles.base, base), (roles.fine_tuned, fine_tuned)):
         found = quantisation_of(checkpoint.tensors.infos(), _config(checkpoint))
         if found is not None:
-            return (
-                f"the {side} is quantised ({found.method}: {found.example}); "
-                f"pass the unquantised {'base' if side == 'base' else 'fine-tune'}"
-            )
+            return f"the {side} is quantised ({found.method}: {found.example}); pass the unquantised {side}"
     return None
 
 
