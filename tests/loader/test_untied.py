@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import peraxis
-from peraxis_format.errors import LiveModelError
 from peraxis_format.torch import VariantSwitch, apply_, serve
 from peraxis_format.torch.updates import follow
 
@@ -115,12 +114,29 @@ def test_updates_of_a_tied_checkpoint_reach_the_head_of_an_untied_server(base: P
     assert torch.equal(live(IDS).logits, tied(new)(IDS).logits)
 
 
-def test_a_head_that_is_no_copy_of_the_embeddings_is_not_overwritten(base: Path, tmp_path: Path) -> None:
-    path, _ = delta_of(base, saved(tmp_path / "tuned", 1), exact=False)
+def test_a_variant_that_is_added_while_another_is_in_use_writes_the_head_too(base: Path, tmp_path: Path) -> None:
+    one, tied_applied = delta_of(base, saved(tmp_path / "tied", 1), exact=False)
+    two, _ = delta_of(base, saved(tmp_path / "untied", 2, tie=False), exact=False)
     live = untied(base)
+    with VariantSwitch(live) as switch:
+        switch.add("untied", two)
+        switch.use("untied")
+        switch.add("tied", one)
+        switch.use("tied")
+        assert torch.equal(live(IDS).logits, tied(tied_applied)(IDS).logits)
+
+
+def test_a_head_that_is_no_copy_of_the_embeddings_is_not_overwritten(base: Path, tmp_path: Path) -> None:
+    """A trainer may publish a mapping of some tensors, and a server keep the others."""
+    trained, live = untied(base), untied(base)
     with torch.no_grad():
         live.lm_head.weight.zero_()
-    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
-    with pytest.raises((LiveModelError, peraxis.PxdError), match="embed_tokens"):
-        apply_(live, path)
-    assert all(torch.equal(before[name], tensor) for name, tensor in live.state_dict().items())
+    state = {name: tensor for name, tensor in trained.state_dict().items() if name != HEAD}
+    writer = peraxis.UpdateWriter(state, tmp_path / "chain")
+    for step in range(2):
+        writer.step()
+        assert follow(live, tmp_path / "chain").poll().step == step
+        assert torch.equal(live.get_parameter(EMBED), trained.get_parameter(EMBED))
+        assert not live.lm_head.weight.any()
+        with torch.no_grad():
+            state[EMBED].add_(0.01)

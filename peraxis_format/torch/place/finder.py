@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from peraxis_format.arguments import kind_of
@@ -17,7 +18,7 @@ from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
 
-__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_shard", "named", "tied_tensors"]
+__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_shard", "named", "untied_copies"]
 
 # Words that wrappers add to the names of parameters: anywhere, and at the beginning.
 _WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
@@ -144,16 +145,31 @@ def _inner(model: nn.Module) -> nn.Module:
     return next((module for module, names in kinds if "PreTrainedModel" in names), model)
 
 
-def tied_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pairs of tensors that transformers ties if the configuration says so (`tie_word_embeddings`): the copy, like
-    the head, and its source. Patterns in place of names, which few models have, are passed over.
+def untied_copies(target: Target) -> list[tuple[Tensor, Tensor]]:
+    """The copies of tensors that transformers ties if the configuration says so, each with its source: the head of a
+    model that was untied from its embeddings, as long as both have the same values. A checkpoint of the tied model has
+    one tensor for both.
+
+    DTensors, and patterns in place of names, which few models have, are passed over.
     """
-    inner = _inner(model)
+    inner = _inner(target) if isinstance(target, nn.Module) else None
     tied = getattr(inner, "_tied_weights_keys", None)
-    if not isinstance(tied, Mapping):  # before version 5 of transformers, a list of the copies
-        return
+    if inner is None or not isinstance(tied, Mapping):  # before version 5 of transformers, a list of the copies
+        return []
     live = dict(inner.named_parameters(remove_duplicate=False))
-    yield from ((live[copy], live[source]) for copy, source in tied.items() if copy in live and source in live)
+    pairs = ((live[copy], live[source]) for copy, source in tied.items() if copy in live and source in live)
+    return [(copy, source) for copy, source in pairs if _is_copy(copy, source)]
+
+
+def _is_copy(copy: Tensor, source: Tensor) -> bool:
+    """Whether a tensor has the values of another one, in a storage of its own."""
+    if copy.is_meta or any(type(tensor) is not nn.Parameter for tensor in (copy, source)):
+        return False
+    if copy.data_ptr() == source.data_ptr():
+        return False
+    if (copy.device, copy.dtype, copy.shape) != (source.device, source.dtype, source.shape):
+        return False
+    return torch.equal(copy[:1], source[:1]) and torch.equal(copy, source)  # two tables differ in the first row
 
 
 def check_target(target: object) -> None:

@@ -12,7 +12,7 @@ from peraxis_format.dtypes import DType
 from peraxis_format.errors import BindingError, LiveModelError
 from peraxis_format.manifest import PART_KEY, Manifest, ModuleEntry
 from peraxis_format.ops.tensors import dtype_of, torch_dtype
-from peraxis_format.torch.place.finder import FUSED, Finder, tied_tensors
+from peraxis_format.torch.place.finder import FUSED, Finder, untied_copies
 from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.shards import (
     Placement,
@@ -38,11 +38,13 @@ def place(
     shards: Mapping[str, Shard] | None = None,
     fused: Mapping[str, tuple[str, ...]] = FUSED,
     remedies: Remedies = FOR_VARIANTS,
+    copies: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Placement:
     """Find the live storage of every module of a manifest.
 
     views: the live tensor for a name that the model does not have. shards: names whose live tensor is a shard. fused:
-    see FUSED. remedies: what the caller can do, for errors. Tensors that transformers renames are found without these.
+    see FUSED. remedies: what the caller can do, for errors. copies: `untied_copies` of the model with the base's
+    weights, if it may have others now. Tensors that transformers renames are found without these.
     Raises BindingError (E401, E402, E403) if the model is not the base. Raises LiveModelError if the model cannot
     become the fine-tune: transformed weights, another shape or dtype, or a tensor that the fine-tune lacks.
     """
@@ -67,7 +69,7 @@ def place(
     _refuse_composed(missing, finder, remedies)
     _refuse_missing(manifest, missing, finder, remedies)
     _refuse_dropped(manifest, finder, placement, remedies)
-    for entry, shard in _untied_copies(target, finder, placement):
+    for entry, shard in _copies_placed(untied_copies(target) if copies is None else copies, finder, placement):
         placement[entry.name] += (_checked(entry, shard, remedies, manifest, mixed=mixed),)
     _refuse_shared(manifest, placement)
     return placement
@@ -145,17 +147,14 @@ def _loading(dtype: DType, manifest: Manifest) -> str:
     )
 
 
-def _untied_copies(target: Target, finder: Finder, placement: Placement) -> Iterator[tuple[ModuleEntry, ShardView]]:
-    """The tensors of a transformers model that are copies of a module, and the module. A checkpoint of a tied model has
-    one tensor for the embeddings and the head; a live model may have been untied since, and then has two.
-    """
-    if not isinstance(target, nn.Module):
-        return
+def _copies_placed(
+    copies: Sequence[tuple[Tensor, Tensor]], finder: Finder, placement: Placement
+) -> Iterator[tuple[ModuleEntry, ShardView]]:
+    """The copies that no module is placed in, as further shards of the modules that their sources have."""
     places = {storage_key(shard.live): name for name, placed in placement.items() for shard in placed}
-    for copy, source in tied_tensors(target):
-        key = storage_key(own_piece(source))
-        if key in places and storage_key(own_piece(copy)) not in places:
-            entry = finder.entries[places[key]]
+    for copy, source in copies:
+        if storage_key(source) in places and storage_key(copy) not in places:
+            entry = finder.entries[places[storage_key(source)]]
             yield entry, finder.shard_of(copy, entry.name, entry)
 
 

@@ -18,7 +18,7 @@ from peraxis_format.torch.device import Device, device_of
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.digests import inherit
-from peraxis_format.torch.place.finder import check_target
+from peraxis_format.torch.place.finder import check_target, untied_copies
 from peraxis_format.torch.place.placement import place
 from peraxis_format.torch.place.ranks import is_distributed, together
 from peraxis_format.torch.place.sharded_exact import exact_pieces
@@ -93,6 +93,7 @@ class Registry:
         self.in_place = InPlace(self.workers) if base == "undo" else None
         self._checked: dict[str, str] = {}  # with base="undo": hex digests of the base's tensors, by name
         self.live = LiveTensors(model)
+        self._copies = untied_copies(model)  # found now, because a variant may be in use when another one is added
 
     def add(
         self, name: str, delta: DeltaFile | str | os.PathLike[str], residency: Residency | None, *, direct: bool
@@ -153,7 +154,7 @@ class Registry:
     ) -> Registered:
         with together(self.group, sharded=is_distributed()):
             self.check_tensors(overwrite=True)
-            found = place(self._model, file.manifest, views=self._views, shards=self._shards)
+            found = place(self._model, file.manifest, views=self._views, shards=self._shards, copies=self._copies)
             claim((shard.live for placed in found.values() for shard in placed), self, _CLAIMED)
             device, ring = self._prepared(found)
             chosen = _residency(residency, device, undo=self.base_place == "undo")
