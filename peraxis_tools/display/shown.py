@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["counted", "listed", "printable_name", "size", "times_smaller", "visible"]
+__all__ = ["counted", "listed", "printable_name", "size", "times_smaller", "visible", "visible_lines"]
 
 _HIDDEN: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode's categories
 
@@ -16,6 +16,11 @@ _CLOSE: Final = 1.05  # a ratio below it is written as a percentage
 def visible(value: object) -> str:
     """The text with control, format, surrogate and private characters, and separators of lines, as escapes."""
     return "".join(c if unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}" for c in str(value))
+
+
+def visible_lines(text: str) -> str:
+    """The text as `visible` gives it, with its line feeds and carriage returns."""
+    return "".join(c if c in "\r\n" else visible(c) for c in text)
 
 
 def listed(names: Sequence[str], shown: int = 5) -> str:

@@ -16,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 
 import peraxis_format as pxd
 from peraxis_format.urls import is_url
-from peraxis_tools.display.shown import visible
+from peraxis_tools.display.shown import visible, visible_lines
 from peraxis_tools.verify_files import Check, FileVerdict, Status, VerifyResult
 
 __all__ = ["github", "junit", "sarif"]
@@ -33,7 +33,7 @@ def _sentence(check: Check) -> str:
         f" (SPEC {check.clause})" if check.clause else "",
         f"; {check.remedy}" if check.remedy else "",
     ]
-    return visible("".join(parts))
+    return "".join(parts)
 
 
 def _bad(report: VerifyResult) -> Iterator[tuple[FileVerdict, Check]]:
@@ -63,7 +63,7 @@ def junit(report: VerifyResult) -> str:
                 lines.append(f"{case}/>")
                 continue
             kind = "failure" if check.status is Status.FAILED else "error"
-            sentence = _sentence(check)
+            sentence = visible(_sentence(check))
             shown = f"<{kind} type={quoteattr(check.code or check.status.value)} message={quoteattr(sentence)}>"
             lines.append(f"{case}>\n      {shown}{xml_text(sentence)}</{kind}>\n    </testcase>")
         lines.append("  </testsuite>")
@@ -118,7 +118,7 @@ def sarif(report: VerifyResult) -> str:
                 "ruleId": rule,
                 "ruleIndex": list(rules).index(rule),
                 "level": "warning" if check.status is Status.NOT_VERIFIABLE else "error",
-                "message": {"text": _sentence(check)},
+                "message": {"text": visible(_sentence(check))},
                 "locations": [{"physicalLocation": place}],
             }
         )
@@ -137,10 +137,12 @@ def sarif(report: VerifyResult) -> str:
 
 
 def _command_text(value: str) -> str:
-    return value.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    """The text of a workflow command: GitHub's escapes for what would end its line, ours for what nobody sees."""
+    return visible_lines(value.replace("%", "%25")).replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _command_value(value: str) -> str:
+    """The value of a property of a workflow command."""
     return _command_text(value).replace(":", "%3A").replace(",", "%2C")
 
 
@@ -148,7 +150,7 @@ def github(report: VerifyResult) -> str:
     """An annotation for each check that did not pass, a notice for each file that did."""
     lines = []
     for verdict in report.files:
-        file = _command_value(visible(verdict.path))
+        file = _command_value(verdict.path)
         if verdict.status is Status.PASSED:
             checks = ", ".join(check.name for check in verdict.checks)
             lines.append(f"::notice file={file},title=verified::{verdict.content_id} ({checks})")

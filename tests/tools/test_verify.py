@@ -233,8 +233,17 @@ def test_github_annotations_cannot_be_forged_by_a_file_name(pair, tmp_path: Path
     assert len(lines) == 2
     assert lines[0].startswith("::notice file=")
     assert lines[1].startswith("::error file=")
-    assert "gotcha%2C%25.pxd,title=" in lines[1]
+    assert "/x%0A%3A%3Aerror%3A%3Agotcha%2C%25.pxd,title=" in lines[1]
     assert not any(line.startswith("::error::") for line in lines)
+
+
+def test_github_shows_a_name_as_it_is_and_what_is_hidden_as_an_escape(tmp_path: Path) -> None:
+    """The escapes of GitHub's workflow commands are %25, %0D and %0A, and %3A and %2C in a property too."""
+    _, shown = run(tmp_path / "50%: a,b\r\n\x1b\u2028.pxd", "--format", "github")
+    (line,) = shown.splitlines()
+    assert f"file={tmp_path}/50%25%3A a%2Cb%0D%0A\\u001b\\u2028.pxd,title=" in line
+    text = line.rpartition("::")[2]
+    assert text.startswith(f"{tmp_path}/50%25: a,b%0D%0A\\u001b\\u2028.pxd: ")
 
 
 def test_verdicts_fit_a_terminal(pair) -> None:
