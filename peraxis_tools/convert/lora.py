@@ -61,19 +61,19 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A tensor that the adapter does not contain, and the reason."""
+    """A tensor that the adapter does not contain, and the reason. unmeasured: why its change is in no figure, if so."""
 
     name: str
     reason: str
+    unmeasured: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraResult:
     """The result of `to_lora`.
 
-    error: relative, by root of sums of squares, over all known deltas; a tensor that is left out counts as lost.
-
-    Exact tensors are included if the base was given. uncounted: exact tensors that are left out and not in `error`.
+    error: relative, by root of sums of squares, over all known deltas; a tensor that is left out counts as lost. Exact
+    tensors are included if the base was given. uncounted: exact tensors that are left out and not in `error`.
     """
 
     path: Path
@@ -102,7 +102,6 @@ class _Adapter:
     layers: list[str] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
-    uncounted: int = 0
     square_error: float = 0.0
     square_norm: float = 0.0
 
@@ -163,7 +162,7 @@ def to_lora(
             saved_whole=tuple(adapter.whole),
             left_out=tuple(adapter.left_out),
             biases=tuple(adapter.biases),
-            uncounted=adapter.uncounted,
+            uncounted=sum(item.unmeasured is not None for item in adapter.left_out),
         )
 
 
@@ -191,16 +190,16 @@ def _add(adapter: _Adapter, entry: pxd.ModuleEntry, rank: int | None, max_error:
     route = adapter.routes[entry.name]
     place = route.place
     if route.kind is RouteKind.LEAVE or place is None:
-        adapter.left_out.append(LeftOut(name=entry.name, reason=route.reason))
-        lost = _square(adapter, entry)
-        adapter.uncounted += lost is None
-        adapter.square_error += lost or 0.0
-        adapter.square_norm += lost or 0.0
+        unmeasured = _unmeasured(adapter, entry)
+        adapter.left_out.append(LeftOut(name=entry.name, reason=route.reason, unmeasured=unmeasured))
+        lost = _square(adapter, entry) if unmeasured is None else 0.0
+        adapter.square_error += lost
+        adapter.square_norm += lost
         return
     if route.kind is RouteKind.ADAPT:
         _decompose(adapter, entry, place, _matrix(adapter, entry), rank, max_error)
         return
-    adapter.square_norm += _square(adapter, entry) or 0.0
+    adapter.square_norm += _square(adapter, entry) if _unmeasured(adapter, entry) is None else 0.0
     if route.kind is RouteKind.WHOLE:
         adapter.whole.append(entry.name)
         if place.layer not in adapter.layers:
@@ -241,18 +240,27 @@ def _tensor(adapter: _Adapter, name: str) -> Tensor:
     return from_storage(rebuild(adapter.delta, adapter.base.tensors, name), entry.dtype)
 
 
-def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float | None:
-    """The square norm of a module's change; None if it needs the base."""
+def _unmeasured(adapter: _Adapter, entry: pxd.ModuleEntry) -> str | None:
+    """Why a module's change has no size, as an attribute of the tensor; None if it has one."""
+    if entry.components:
+        return None
+    if entry.base is None:
+        return "new"
+    if entry.base.shape != entry.shape:
+        return "of another shape than in the base"
+    if not (entry.dtype.is_float and entry.base.dtype.is_float):
+        return "of no floating-point type"
+    return "known only with --base" if adapter.base is None else None
+
+
+def _square(adapter: _Adapter, entry: pxd.ModuleEntry) -> float:
+    """The square norm of a module's change, which has a size (`_unmeasured`)."""
     if entry.components:
         module = adapter.delta.load(entry.name)
         blocks = (delta_rows(module, rows, None) for rows in row_blocks(module.covered))
         return math.fsum(float(np.square(block, dtype=np.float64).sum()) for block in blocks)
-    bound = entry.base is not None and entry.base.shape == entry.shape
-    exact = entry.encoding in (pxd.Encoding.FULL, pxd.Encoding.EXACT)
-    if not exact or not bound or adapter.base is None or entry.base is None:
-        return None
-    if not (entry.dtype.is_float and entry.base.dtype.is_float):
-        return None
+    if adapter.base is None or entry.base is None:
+        raise pxd.ShapeError(f"{entry.name}: has no base tensor")
     full = pxd.to_float32(np.array(adapter.delta.load(entry.name).full), entry.dtype)
     array = adapter.base.tensors.read(entry.name)
     pxd.check_base_bytes(entry, array)

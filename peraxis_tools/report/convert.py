@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.console import Console
 from rich.table import Table
 
@@ -55,9 +57,10 @@ def render_lora(result: LoraResult, console: Console) -> None:
     if result.biases:
         console.print(f"biases     {len(result.biases)}, loaded into the base's layers (bias=all)")
     if result.uncounted:
+        kinds = Counter(item.unmeasured for item in result.left_out if item.unmeasured is not None)
         console.print(
-            f"uncounted  {result.uncounted} of the tensors that are left out are in no figure: they are new, or their "
-            "delta needs --base"
+            f"uncounted  {result.uncounted} of the tensors that are left out are in no figure: "
+            f"{', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
         )
     for item in result.left_out[:_SHOWN]:
         console.print(f"[yellow]left out[/]   {text(item.name)}: {text(item.reason)}")

@@ -198,3 +198,24 @@ def test_an_adapter_of_another_vocabulary_loads_on_the_base_and_leaves_the_table
     result = to_lora(tmp_path / "d.pxd", tmp_path / "adapter", rank=64, base=base)
     assert {item.name for item in result.left_out} == {"lm_head.weight", "model.embed_tokens.weight"}
     adapted(base, tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("vocabulary", "given"), [(64, False), (64, True), (72, True), (72, False)])
+def test_a_tensor_in_no_figure_has_its_own_reason(tmp_path: Path, vocabulary: int, given: bool) -> None:
+    base, tuned = pair(tmp_path, hf.LlamaConfig(**{**SMALL, "vocab_size": 64}, tie_word_embeddings=True))
+    model = hf.AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    model.resize_token_embeddings(vocabulary)
+    model.save_pretrained(tuned)
+    compress(base, tuned, tmp_path / "d.pxd", embeddings="full", force=True)
+    arguments = ["d.pxd", "--to", "lora", "--rank", "4", "-o", "a", *(["--base", "base"] if given else [])]
+    words = [str(tmp_path / word) if word in ("d.pxd", "a", "base") else word for word in arguments]
+    done = CliRunner().invoke(command, words, catch_exceptions=False)
+    (line,) = [line for line in done.stdout.splitlines() if "uncounted" in line] or [""]
+    shown = " ".join(done.stdout.split())
+    if vocabulary == 72:
+        assert "in no figure: 1 of another shape than in the base" in shown
+    elif given:
+        assert line == ""
+    else:
+        assert "in no figure: 1 known only with --base" in shown
