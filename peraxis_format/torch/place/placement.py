@@ -222,5 +222,5 @@ def _refuse_shared(manifest: Manifest, placement: Placement) -> None:
             if other is not entry and _content(other) != _content(entry):
                 raise LiveModelError(
                     f"{entry.name} and {other.name} share storage in the live model but differ in the fine-tune; "
-                    "untie them first (tie_word_embeddings=False)"
+                    "untie them first (load with tie_word_embeddings=False, then copy the one into the other)"
                 )
