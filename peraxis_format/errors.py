@@ -162,9 +162,13 @@ def base_advice(name: str, revision: str | None) -> str:
     return f"the delta was made for {name}{at}: pass that checkpoint as the base"
 
 
-def previous_advice(content_id: str, named: str = "") -> str:
-    """A remedy for a missing update before this one. named: where it is, in parentheses."""
-    return f"it follows update {content_id}{named}: pass that one too, or its result as the base"
+def previous_advice(content_id: str, named: str = "", *, several: bool = False) -> str:
+    """A remedy for a missing update before this one. named: where it is, in parentheses.
+
+    several: whether several updates can be passed.
+    """
+    also = "that update too, or " if several else ""
+    return f"it follows update {content_id}{named}: pass {also}the checkpoint after that update as the base"
 
 
 class ContainerError(PxdError):

@@ -21,18 +21,24 @@ _WRONG_RESULT: Final = (
 
 
 @contextlib.contextmanager
-def predecessor_named(*files: pxd.DeltaFile) -> Iterator[None]:
-    """Give a BindingError the remedy for the file that has it. files: a chain, in order; those before it are given."""
+def predecessor_named(*files: pxd.DeltaFile, several: bool = True) -> Iterator[None]:
+    """Give a BindingError the remedy for the file that has it. files: a chain, in order; those before it are given.
+
+    several: whether the verb takes several updates.
+    """
     try:
         yield
     except pxd.BindingError as error:
         at = next((i for i, file in enumerate(files) if error.file == str(file.path)), 0)
-        advise(error, files[at], given=files[at - 1].path if at else None)
+        advise(error, files[at], given=files[at - 1].path if at else None, several=several)
         raise
 
 
-def advise(error: pxd.PxdError, file: pxd.DeltaFile, *, given: Path | None = None) -> None:
-    """Set the remedy of an error of an update, if it is a BindingError. given: the update before it, if it is known."""
+def advise(error: pxd.PxdError, file: pxd.DeltaFile, *, given: Path | None = None, several: bool = True) -> None:
+    """Set the remedy of an error of an update, if it is a BindingError.
+
+    given: the update before it, if it is known. several: whether the verb takes several updates.
+    """
     if not isinstance(error, pxd.BindingError):
         return
     previous = file.manifest.previous
@@ -43,7 +49,7 @@ def advise(error: pxd.PxdError, file: pxd.DeltaFile, *, given: Path | None = Non
     elif previous is None:
         error.advice = base_advice(file.manifest.base.id, file.manifest.base.revision)
     else:
-        error.advice = previous_advice(previous, _named(previous, file.path.parent))
+        error.advice = previous_advice(previous, _named(previous, file.path.parent), several=several)
 
 
 def _named(content_id: str, folder: Path) -> str:

@@ -14,6 +14,7 @@ import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, check_paths, check_texts_by_domain, refuse_idle, sequence
 from peraxis_tools.checkpoints.checkpoint import refuse_swapped
 from peraxis_tools.checkpoints.positions import DEFAULT_LENGTH
+from peraxis_tools.deltas.predecessor import predecessor_named
 from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Staged, StagedProgress, watched_stages
 from peraxis_tools.errors import ToolError
@@ -112,7 +113,12 @@ def evaluate(
     from peraxis_tools.process.quiet import quiet_transformers
 
     limit_torch()
-    with pxd.open(delta) as file, quiet_transformers(), watched_stages(progress) as step:
+    with (
+        pxd.open(delta) as file,
+        predecessor_named(file, several=False),
+        quiet_transformers(),
+        watched_stages(progress) as step,
+    ):
         models = _Models(
             base=base,
             fine_tuned=fine_tuned,

@@ -13,7 +13,7 @@ from peraxis_format.errors import LiveModelError, PxdError
 from peraxis_format.torch import VariantSwitch, apply_
 from peraxis_format.torch.updates import UpdateWriter, apply_update, follow
 
-IMPOSSIBLE = ("views", "peraxis-tools apply", "pass that one too", "as the base")
+IMPOSSIBLE = ("views", "peraxis-tools apply", "pass that update too", "as the base")
 
 
 def run_of(folder: Path, dtype: torch.dtype, *, steps: int = 1, published: torch.dtype | None = None) -> list[Path]:

@@ -101,7 +101,7 @@ def test_an_update_whose_predecessor_is_missing_names_it(tmp_path: Path) -> None
         lambda: peraxis.verify(tmp_path / "2.pxd", base=states[0]),
     ):
         with pytest.raises(
-            pxd.BindingError, match=f"E404.*it follows update {first.content_id} .*1.pxd.: pass that one too"
+            pxd.BindingError, match=f"E404.*it follows update {first.content_id} .*1.pxd.: pass that update too"
         ):
             call()
 

@@ -55,7 +55,7 @@ def test_a_chain_on_another_base_fails_as_a_whole(folder: Path) -> None:
     code, said = verify(folder, "chain", base="other")
     assert code == 1
     assert said.count("base tensor with other bytes") == 2
-    assert "pass that one too" not in said
+    assert "pass that update too" not in said
 
 
 def test_an_update_alone_names_the_one_before_it(folder: Path) -> None:
@@ -209,7 +209,8 @@ def remedies(folder: Path) -> list[str | None]:
 
 def test_every_update_after_a_missing_one_says_which_file_needs_it(five: Path) -> None:
     with pxd.open(five / "chain" / "2.pxd") as missing:
-        wanted = f"it follows update {missing.content_id}: pass that one too, or its result as the base"
+        follows = f"it follows update {missing.content_id}"
+    wanted = f"{follows}: pass that update too, or the checkpoint after that update as the base"
     (five / "chain" / "2.pxd").unlink()
     third = five / "chain" / "3.pxd"
     assert remedies(five) == [None, wanted, f"{third}: {wanted}", f"{third}: {wanted}"]
@@ -219,7 +220,7 @@ def test_every_update_after_one_that_cannot_be_read_names_it(five: Path) -> None
     second, third = five / "chain" / "2.pxd", five / "chain" / "3.pxd"
     second.write_bytes(second.read_bytes()[:-100])
     found = [found or "" for found in remedies(five)]
-    assert f"(perhaps {second}, which cannot be read): pass that one too" in found[2]
+    assert f"(perhaps {second}, which cannot be read): pass that update too" in found[2]
     assert found[3:] == [f"{third}: {found[2]}"] * 2
     first = five / "chain" / "0.pxd"
     first.write_bytes(b"")

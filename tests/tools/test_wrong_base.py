@@ -67,5 +67,17 @@ def test_an_update_alone_names_the_file_before_it_and_one_remedy(
         calls[verb]()
     said = str(caught.value)
     assert "it follows update sha256:" in said
-    assert f"({files[0]}): pass that one too" in said
+    assert f"({files[0]}): pass that update too" in said
     assert "pass the base" not in said
+
+
+@pytest.mark.parametrize("verb", ["diff", "convert", "evaluate"])
+def test_a_verb_of_one_delta_asks_for_the_checkpoint_before_an_update_alone(tmp_path: Path, verb: str) -> None:
+    base, tuned, _ = llama_pair(tmp_path)
+    first = update(base, tuned, tmp_path / "1.pxd")
+    update(base, base, tmp_path / "2.pxd", after=[tmp_path / "1.pxd"])
+    with pytest.raises(pxd.BindingError) as caught:
+        VERBS[verb](base, tmp_path / "2.pxd", tmp_path / "out")
+    said = str(caught.value)
+    assert f"it follows update {first.content_id}" in said
+    assert said.endswith(": pass the checkpoint after that update as the base")

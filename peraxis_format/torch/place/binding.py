@@ -84,7 +84,7 @@ def _named(failure: PxdError, manifest: Manifest) -> PxdError:
     error.advice = (
         base_advice(manifest.base.id, manifest.base.revision)
         if manifest.previous is None
-        else f"it follows update {manifest.previous}: apply that one to the model first"
+        else f"it follows update {manifest.previous}: apply that update to the model first"
     )
     return error
 
