@@ -59,4 +59,4 @@ def check_path(name: str, value: object, *, error: type[Exception] = ArgumentErr
 def kind_of(value: object) -> str:
     """The type of a value with its article, for a message: `a list`, `an int`."""
     name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 import peraxis_format as pxd
 from peraxis_tools.checkpoints.assets import asset_group
 from peraxis_tools.checkpoints.checkpoint import Checkpoint
@@ -136,9 +138,9 @@ def _refuse_other_shapes(anchor: Path, tensors: Sequence[_Named], base: pxd.Safe
         if each.name in base and base[each.name].shape != each.shape:
             found = f"{each.own} is {list(each.shape)} there and {list(base[each.name].shape)} in {base.label}"
             raise CheckFailedError(f"{anchor}: is for another model; {found}; {_BEGAN}")
-    # transformers fuses some tensors in the model (experts). A layer with matrices that the base does not name has such
+    # transformers fuses some tensors in the model (experts). A layer with weights that the base does not name has such
     # tensors, so weights that are missing there say nothing.
-    fused = {layer_of(each.name) for each in _added(tensors, base) if len(each.shape) > 1}
+    fused = {layer_of(each.name) for each in _added(tensors, base) if not _is_bias(each.own)}
     present = {each.name for each in tensors}
     missing = [
         name
@@ -149,7 +151,7 @@ def _refuse_other_shapes(anchor: Path, tensors: Sequence[_Named], base: pxd.Safe
         and (layers is None or layer is None or layer < layers)
     ]
     for name in sorted(missing, key=lambda name: _is_table(base[name])):  # tables last, because they are read
-        if not _is_tied(base, name, present):
+        if not _is_tied(base, name, present) and not _is_idle(base, name):
             found = f"it has no {name}, which is {list(base[name].shape)} in {base.label}"
             remedy = f"{_BEGAN}, or publish all weights of the model"
             raise CheckFailedError(f"{anchor}: is for another model; {found}; {remedy}")
@@ -164,7 +166,12 @@ def _note_added(anchor: Path, tensors: Sequence[_Named], base: pxd.Safetensors, 
     tails = {_tail(name) for name in base} if added else set()
     for name in added:
         layer = layer_of(name)
-        if layers is not None and layer is not None and layer >= layers and _NUMBER.sub(".0.", _tail(name)) in tails:
+        if (
+            layers is not None
+            and layer is not None
+            and layer >= layers
+            and _NUMBER.sub(".0.", _tail(name), count=1) in tails
+        ):
             found = f"it has {name}, and the config.json of {base.label} says {counted(layers, 'layer')}"
             raise CheckFailedError(f"{anchor}: is for another model; {found}; {_BEGAN}")
     if added:
@@ -195,6 +202,11 @@ def _is_needed(info: pxd.TensorInfo, present: Collection[str]) -> bool:
 
 def _is_bias(name: str) -> bool:
     return name.endswith(".bias")
+
+
+def _is_idle(base: pxd.Safetensors, name: str) -> bool:
+    """Whether a bias is zero: files have such ones for models without biases."""
+    return _is_bias(name) and not np.any(pxd.to_float32(base.read(name), base[name].dtype))
 
 
 def _is_table(info: pxd.TensorInfo) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -138,7 +139,7 @@ def _mixed(
             (factor * _unrounded(module, rows, base) for module, factor in zip(modules, factors, strict=True)),
             start=np.zeros(()),
         )
-    deltas = [_dense(module, base) for module in modules]
+    deltas: list[Dense] = [functools.partial(delta_rows, module, base=base) for module in modules]
     covered = modules[0].covered
 
     def magnitudes(delta: Dense) -> Magnitudes:
@@ -154,12 +155,6 @@ def _unrounded(module: pxd.ModuleDelta, rows: slice, base: BaseRows | None) -> N
         return delta_rows(module, rows, base).astype(np.float64)
     full = pxd.to_float32(module.full[rows] if module.shape else module.full, module.dtype)
     return difference(full.astype(np.float64), base(rows).astype(np.float64))
-
-
-def _dense(module: pxd.ModuleDelta, base: BaseRows | None) -> Dense:
-    if module.full is not None and base is None:
-        raise ToolError(f"{module.name}: is an exact tensor; pass base (--base) to merge it")
-    return lambda rows: delta_rows(module, rows, base)
 
 
 def _kept(

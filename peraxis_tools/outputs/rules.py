@@ -165,7 +165,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def refuse_missing(folder: Path) -> None:
     """Raise ToolError if the folder that an output is written to does not exist: its name may be mistyped."""
     if not folder.is_dir():
-        if re.match("[a-z0-9]{2,}:", str(folder)):  # the two slashes of a URL have become one
+        if re.match(r"[A-Za-z][\w.+-]+:(/|$)", str(folder)):  # the two slashes of a URL have become one
             raise ToolError(f"{folder}: looks like a URL; only `update` and `compact` write to one; name a file here")
         raise ToolError(f"{folder}: no such folder; make it first")
 

@@ -97,7 +97,7 @@ def test_a_trainers_callback_refuses_an_unknown_option_before_the_training(tmp_p
     pytest.importorskip("transformers")
     with pytest.raises(ArgumentError, match="anchors: not an option; known are anchor_every, dtype, name, prefer"):
         peraxis.PublishUpdates(tmp_path, anchors=3)
-    with pytest.raises(ArgumentError, match="folder is a Small; pass the folder or the URL"):
+    with pytest.raises(ArgumentError, match="folder is a Small; pass a path"):
         peraxis.PublishUpdates(Small())  # type: ignore[arg-type]
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from peraxis_format.engines.vllm.following import Following
-from peraxis_format.errors import LiveModelError
 from peraxis_format.torch.updates import UpdateWriter, follow
 from tests.loader.test_updates_writes import move, same, weights
 from tests.loader.updates_pair import server, train, trainer
@@ -170,8 +169,15 @@ def test_another_chain_that_is_longer_is_reported_where_it_has_another_state_at_
     assert "follow again from the beginning" in found
 
 
-def test_an_adapter_that_is_not_merged_is_refused_by_a_trainer(tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict({"base_layer": torch.nn.Linear(4, 4)})
-    model.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(4, 2, bias=False)})
-    with pytest.raises(LiveModelError, match=r"lora_A\.default\.weight: is of an adapter.*merge it"):
-        UpdateWriter(model, tmp_path / "adapter").step()
+def test_a_trainer_warns_of_an_adapter_that_is_not_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class PeftModel(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = torch.nn.Linear(4, 2, bias=False)
+
+    model, live = PeftModel(), PeftModel()
+    writer = UpdateWriter(torch.nn.ModuleDict({"inner": model}), tmp_path / "adapter", dtype=None)
+    writer.step()
+    assert follow(torch.nn.ModuleDict({"inner": live}), tmp_path / "adapter").poll().step == 0
+    assert torch.equal(live.lora_A.weight, model.lora_A.weight)
+    assert ["adapter of PEFT" in message for message in caplog.messages].count(True) == 1

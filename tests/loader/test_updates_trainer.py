@@ -84,6 +84,18 @@ def test_anchors_of_a_state_that_does_not_change_are_taken_after_the_updates_bef
     assert published(live) == published(model)
 
 
+def test_the_anchor_of_a_step_that_changed_nothing_is_taken_where_its_update_is_gone(tmp_path: Path) -> None:
+    model, live = trainer(), server()
+    writer = UpdateWriter(model, tmp_path, anchor_every=4)
+    for step in range(5):
+        writer.step()
+        if step < 3:
+            train(model, step)
+    (tmp_path / "step-00000004.pxd").unlink()
+    assert follow(live, tmp_path).poll().step == 4
+    assert UpdateWriter(model, tmp_path).step().step == 5
+
+
 @pytest.mark.parametrize("gone", ["step-*.pxd", "*.pxd", "step-00000002.pxd"])
 def test_a_trainer_whose_newest_file_is_gone_warns_once(
     tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture

@@ -220,6 +220,9 @@ def test_biases_that_the_anchor_lacks_are_missed_and_those_that_the_base_lacks_a
     config = llama_config().to_diff_dict() | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     torch.manual_seed(0)
     qwen2 = Qwen2ForCausalLM(Qwen2Config.from_dict(config)).bfloat16()
+    for name, parameter in qwen2.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.ones_(parameter)
     qwen2.save_pretrained(tmp_path / "qwen2")
     with pytest.raises(CheckFailedError, match=r"it has no model\.layers\.0\.self_attn\.[qkv]_proj\.bias"):
         peraxis.apply(tmp_path / "qwen2", anchor_of(tmp_path / "llama-run", model_of()), tmp_path / "out")
@@ -227,6 +230,16 @@ def test_biases_that_the_anchor_lacks_are_missed_and_those_that_the_base_lacks_a
     peraxis.apply(llama, anchor_of(tmp_path / "qwen2-run", qwen2), tmp_path / "out")
     (noted,) = [message for message in caplog.messages if " lacks, like " in message]
     assert "_proj.bias" in noted
+
+
+def test_zero_biases_of_files_may_be_missing_in_a_model(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors[f"{name}.bias"] = torch.zeros(24, dtype=torch.bfloat16)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    run = anchor_of(tmp_path / "run", model_of()).parent
+    peraxis.apply(base, run, tmp_path / "out")
 
 
 def test_a_part_of_a_model_with_more_layers_than_its_text_model_is_no_other_model(

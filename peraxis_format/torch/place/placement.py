@@ -155,6 +155,7 @@ def _copies_placed(
     for copy, source in copies:
         if storage_key(source) in places and storage_key(copy) not in places:
             entry = finder.entries[places[storage_key(source)]]
+            places[storage_key(copy)] = entry.name
             yield entry, finder.shard_of(copy, entry.name, entry)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Final, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peraxis_format.arguments import check_least, did_you_mean
+from peraxis_format.arguments import check_least, check_path, did_you_mean
 from peraxis_format.errors import ArgumentError
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.updates.publish import UpdateWriter
@@ -33,8 +32,7 @@ class PublishUpdates(TrainerCallback):
     def __init__(
         self, folder: str | Path, *, publish_every: int = 1, group: Any = None, **options: Unpack[UpdateOptions]
     ) -> None:
-        if not isinstance(folder, str | os.PathLike):
-            raise ArgumentError(f"folder is a {type(folder).__name__}; pass the folder or the URL of the chain")
+        check_path("folder", folder)
         check_least("publish_every", publish_every, 1)
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:

@@ -111,6 +111,8 @@ def list_updates(
     replaced.
     """
     files, others, problems = listed(folder, {} if known is None else known)
+    if (reason := missing_folder(folder)) is not None:
+        problems[folder] = f"{reason}; {AWAITED}"
     misnamed = misnamed_anchors(files)
     files = [file for file in files if file.path not in misnamed]
     reasons = ((other.path, _reason_for(other, files)) for other in others)
@@ -122,8 +124,6 @@ def listed(
 ) -> tuple[list[UpdateFile], list[OtherFile], dict[Path, str]]:
     """The updates with the names of steps, other updates, and the faults of files with the names of steps."""
     problems: dict[Path, str] = {}
-    if (reason := missing_folder(folder)) is not None:
-        problems[folder] = f"{reason}; {AWAITED}"
     present = set(folder.glob("*.pxd"))
     for gone in known.keys() - present:
         del known[gone]
@@ -147,7 +147,8 @@ def listed(
 
 
 def misnamed_anchors(files: Sequence[UpdateFile]) -> dict[Path, str]:
-    """The reasons why anchors are passed over: one that has the state of an update, but not of that with its number.
+    """The reasons why anchors are passed over: one that has the state of an update, but not of the last update up to
+    its number.
 
     A server that took such an anchor would go back to an earlier state. The updates before an anchor, with its own, may
     have been deleted; then nothing can be said.
@@ -156,9 +157,10 @@ def misnamed_anchors(files: Sequence[UpdateFile]) -> dict[Path, str]:
     reached = {file.result: file for file in steps.values()}
     misnamed: dict[Path, str] = {}
     for file in files:
-        if not file.is_anchor or file.result not in reached or file.step < min(steps):
+        before = max((step for step in steps if step <= file.step), default=None)
+        if not file.is_anchor or before is None or file.result not in reached:
             continue
-        if file.step in steps and steps[file.step].result == file.result:
+        if steps[before].result == file.result:
             continue
         step = reached[file.result]
         name = anchor_name(step.step)

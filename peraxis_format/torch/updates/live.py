@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from peraxis_format.urls import is_url
 
 __all__ = ["check_publishing", "live_tensors"]
 
-_ADAPTER: Final = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")
+_LOGGER: Final = logging.getLogger("peraxis")
 
 
 def check_publishing(model: object, folder: str | Path, dtype: object) -> None:
@@ -32,6 +32,16 @@ def check_publishing(model: object, folder: str | Path, dtype: object) -> None:
         raise ArgumentError(f"{folder}: is a file; pass the folder of the chain")
     if not is_url(folder) and not (above := Path(folder).absolute().parent).is_dir():
         raise ArgumentError(f"{above}: no such folder; make it first")
+    if isinstance(model, nn.Module) and any(kind.__name__ == "PeftModel" for kind in _kinds(model)):
+        _LOGGER.warning(
+            "the model has an adapter of PEFT beside its weights, so a server needs the same one; to publish a model "
+            "that needs none, merge the adapter first (merge_and_unload)"
+        )
+
+
+def _kinds(model: nn.Module) -> set[type]:
+    """The classes of a model and its modules, with those above them."""
+    return {kind for module in model.modules() for kind in type(module).__mro__}
 
 
 def live_tensors(
@@ -51,11 +61,6 @@ def live_tensors(
         if not isinstance(tensor, Tensor):
             continue
         name = names.get(own, own)
-        if isinstance(model, nn.Module) and _ADAPTER.search(own):
-            raise LiveModelError(
-                f"{own}: is of an adapter, which no server has; merge it (merge_and_unload), or pass a mapping of the "
-                "tensors to publish"
-            )
         if tensor.is_meta or tensor.layout is not torch.strided:
             kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
             raise LiveModelError(f"{name}: {kind}, without dense weights; load or convert it first")

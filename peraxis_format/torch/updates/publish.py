@@ -267,13 +267,11 @@ class UpdateWriter:
         )
 
     def _warn_gone(self, step: int) -> None:
-        """Warn once if the files of a published step are gone. Something else may ship and delete them, so it is no
-        error.
-        """
+        """Warn once if a published step is gone from a folder. Something else may ship files and delete them."""
         before = [self.folder / step_name(step), self.folder / anchor_name(step)]
-        if not self._told_gone and not any(map(self._is_there, before)):
+        if self._url is None and not self._told_gone and not any(map(self._is_there, before)):
             self._told_gone = True
-            gone = self._shown(before[step == 0])
+            gone = before[step == 0]
             _LOGGER.warning("%s: is gone; a server that does not have it can go on from the next anchor only", gone)
 
     def _reached(self, path: Path, number: int, manifest: Manifest) -> None:
