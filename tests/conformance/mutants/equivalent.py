@@ -66,6 +66,7 @@ IN_C: Final[Mapping[str, str]] = {
     "j->n - j->i >= 5": "the text ends before the quotation mark then",
     "j->n - j->i >= 3": "the text ends before the quotation mark then",
     "value >= -(int64_t)LIMIT": "only the code changes, within the right phase",
+    "peek(j) != '\"' || (!f->chained": "only the code changes, within the right phase",
     "words != DTYPES": "only the code changes, within the right phase",
     "code[2] == '1' ? \"E119\"": "only the code changes, within the right phase",
     "code[0] == '1' ? \"E119\"": "only the code changes, within the right phase",
