@@ -200,7 +200,7 @@ def test_a_folder_that_is_no_earlier_output_is_kept_whatever_is_asked(pair: tupl
     base, delta = pair
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
-    with pytest.raises(ToolError, match="--overwrite"):
+    with pytest.raises(ToolError, match=r"exists already, and is no earlier output; choose another output$"):
         apply(base, delta, tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "mine"
     with pytest.raises(ToolError, match="no list of an earlier output"):
