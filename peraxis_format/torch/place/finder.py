@@ -165,7 +165,7 @@ def _is_copy(copy: Tensor, source: Tensor) -> bool:
     """Whether a tensor has the values of another one, in a storage of its own."""
     if copy.is_meta or any(type(tensor) is not nn.Parameter for tensor in (copy, source)):
         return False
-    if copy.data_ptr() == source.data_ptr():
+    if copy.data_ptr() == source.data_ptr() or not copy.dim():
         return False
     if (copy.device, copy.dtype, copy.shape) != (source.device, source.dtype, source.shape):
         return False
