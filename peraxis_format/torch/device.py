@@ -20,7 +20,7 @@ from torch import Tensor
 from peraxis_format.errors import DeviceError
 from peraxis_format.torch.place.shards import Placement
 
-__all__ = ["UploadCounters", "CudaDevice", "Device", "HostDevice", "current_device", "device_of", "require_triton"]
+__all__ = ["CudaDevice", "Device", "HostDevice", "UploadCounters", "current_device", "device_of", "require_triton"]
 
 
 @dataclass(slots=True)

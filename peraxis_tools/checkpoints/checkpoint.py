@@ -85,10 +85,9 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         return Checkpoint(_opened(path), _identity(path, folder), folder)
     if not HUB_NAME.fullmatch(str(source)) or names_a_file(str(source)):
         page = _HUB_PAGE.match(str(source))
-        told = f"is the address of a repository on the hub; pass {page[1]}" if page else None
-        raise CheckpointError(
-            f"{source}: {told or 'no such file or folder, and not a hub id (org/name or org/name@revision)'}"
-        )
+        if page is not None:
+            raise CheckpointError(f"{source}: is the address of a repository on the hub; pass {page[1]}")
+        raise CheckpointError(f"{source}: no such file or folder, and not a hub id (org/name or org/name@revision)")
     hub_id, _, at = str(source).partition("@")
     folder = _download(hub_id, at or None)
     # A snapshot's folder is named by the commit of the revision.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 import peraxis_format as pxd
 from peraxis_tools.errors import CheckFailedError, ToolError
 
-__all__ = ["TensorChange", "WireFile", "changed_words", "checked_index", "changed", "words_of"]
+__all__ = ["TensorChange", "WireFile", "changed", "changed_words", "checked_index", "words_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from peraxis_tools.display.notes import note
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.outputs.folders import atomic_folder
 
-__all__ = ["XorTensor", "XorFolder", "index_metadata", "pack", "write"]
+__all__ = ["XorFolder", "XorTensor", "index_metadata", "pack", "write"]
 
 _SHARD: Final = "model-00001-of-00001.safetensors"
 _ADLER32: Final = "adler32"

@@ -23,7 +23,7 @@ from peraxis_tools.compress.plan.estimate import TABLE_TOKENS
 from peraxis_tools.compress.run.distributed import Processes
 from peraxis_tools.process.heap import trim_heap
 
-__all__ = ["TokenBatch", "MomentsCollector", "Side", "TextBatches"]
+__all__ = ["MomentsCollector", "Side", "TextBatches", "TokenBatch"]
 
 _THREADS: Final = 64  # suspended passes at most
 _LARGE_SUMS: Final = 32 << 20
