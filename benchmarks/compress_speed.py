@@ -26,7 +26,7 @@ from typing import Any, Final
 from fidelity_methods import FIT, METHODS, VALIDATE, Inputs, Written, run_method, tokens
 from harness import Benchmark, Result, Timing, arguments
 
-__all__ = ["main", "write_deep_pair", "write_text"]
+__all__ = ["byte_tokenizer", "main", "write_deep_pair", "write_text"]
 
 _WORDS = "the model reads one line after the other and says what comes next in it"
 _SEED: Final = 0  # of the random weights
@@ -59,11 +59,12 @@ def write_deep_pair(folder: Path, layers: int, *, width: int) -> tuple[Path, Pat
             parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0)
     model.save_pretrained(folders[1])
     for path in folders:
-        _byte_tokenizer(path)
+        byte_tokenizer(path)
     return folders
 
 
-def _byte_tokenizer(folder: Path) -> None:
+def byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with one token for each byte, <s> and </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -170,8 +171,7 @@ def block(options: argparse.Namespace) -> int:
     from peraxis_tools.checkpoints.environment import resolve_device
 
     device = resolve_device(options.device)
-    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = usual if options.compute_dtype == "auto" else getattr(torch, options.compute_dtype)
+    dtype = getattr(torch, options.compute_dtype)
     shapes = SHAPES[options.block].scaled(options.scale)
     parameters = {"block": options.block, "scale": options.scale, "samples": FIT, "length": options.length}
     bench = Benchmark(
@@ -196,7 +196,7 @@ def main() -> int:
     parser.add_argument("--block", help="shapes of one block: llama-3.1-8b or llama-3.2-1b")
     parser.add_argument("--scale", type=int, default=1, help="divide the widths of the block")
     parser.add_argument("--device", default="auto", help="device of the block")
-    parser.add_argument("--compute-dtype", default="auto", help="dtype of the block's forward passes")
+    parser.add_argument("--compute-dtype", default="float32", help="dtype of the block's forward passes")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--inputs", help=argparse.SUPPRESS)
     options = parser.parse_args()

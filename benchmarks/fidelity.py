@@ -10,9 +10,10 @@
 All methods fit on the same samples of the calibration text, and distil on the samples after them; `best` takes 600
 samples of the same text, and is also shown on 200, and on 3000 if the text is long enough. KL is measured on held-out
 text. Each method runs in its own process: seconds are of the method alone (models loaded, file written), and peak
-memory is of that process. All methods write PXD files, so bytes are counted alike; a LoRA's bytes are those of its
-factors and exact vectors. `payload` leaves out header and assets, which are large on a small pair. KL is of the merged
-weights, in nats per token; 99%: the KL that 99% of the tokens stay below; special: the mean after special tokens.
+memory is of that process; `device MB` is what torch allocated on a GPU (--device cuda). The first row has the base
+alone. All methods write PXD files, so bytes are counted alike; a LoRA's bytes are those of its factors and exact
+vectors. `payload` leaves out header and assets, which are large on a small pair. KL is of the merged weights, in nats
+per token; 99%: the KL that 99% of the tokens stay below; special: the mean after special tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fidelity_methods import DISTILL, FIT, LARGE, METHODS, RATIOS, Inputs, inspected, run_method
-from harness import Benchmark, Timing, arguments
+from harness import Benchmark, Timing, arguments, replace
 
 __all__ = ["main", "measure", "stories"]
 
@@ -42,7 +43,10 @@ class _Table(Benchmark):
         head = ["", "bytes", "payload"]
         for domain in domains:
             head += [f"KL {domain}", "± ", "99%", "special", "vs paper", "top-1"]
-        rows = [[*head, "CPU s", "MB", ""], *(self._line(result.name, result, domains) for result in self.results)]
+        rows = [
+            [*head, "s", "CPU s", "MB", "device MB", ""],
+            *(self._line(result.name, result, domains) for result in self.results),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         last = len(widths) - 1
         lines = [
@@ -63,7 +67,9 @@ class _Table(Benchmark):
             cells += [f"{kl:.5f}", f"{extra['kl_error'][domain] or 0:.5f}", f"{extra['kl_99'][domain]:.4f}"]
             cells += ["" if special is None else f"{special:.4f}"]
             cells += [f"{kl / paper[domain]:.3f}" if domain in paper else "", f"{100 * extra['top1'][domain]:.1f}%"]
-        return [*cells, f"{extra['cpu']:.1f}", f"{extra['rss'] / 1e6:.0f}", result.note]
+        cells += [f"{extra[name]:.1f}" if name in extra else "" for name in ("seconds", "cpu")]
+        cells += [f"{extra[name] / 1e6:.0f}" if extra.get(name) else "" for name in ("rss", "device")]
+        return [*cells, result.note]
 
 
 def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Benchmark, *, samples: int) -> bool:
@@ -90,11 +96,13 @@ def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Bench
         texts,
         samples=samples,
         sequence_length=inputs.length,
-        candidates=("merged",),
-        device="cpu",
+        candidates=("base", "merged"),
+        device=inputs.device,
     )
-    merged = {domain.domain: domain.candidates["merged"] for domain in found.domains}
-    shown = ", ".join(f"{name} {its.kl:.4g}" for name, its in merged.items())
+    if not bench.results:
+        bench.add("base alone", Timing((0.0,)), method="base", bytes=0, payload=0, **_figures(found, "base"))
+    figures = _figures(found, "merged")
+    shown = ", ".join(f"{name} {kl:.4g}" for name, kl in figures["kl"].items())
     # print each result at once, because a run takes hours
     sys.stderr.write(f"{label}: {found.bytes} bytes, KL {shown}, {run['seconds']:.0f} s\n")
     bench.add(
@@ -104,18 +112,29 @@ def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Bench
         method=method,
         bytes=run["bytes"] or found.bytes,
         payload=run["payload"] or sum(line.bytes for line in inspected(path).modules),
+        seconds=run["seconds"],
         cpu=run["cpu"],
         rss=run["rss"],
         idle_rss=run["idle_rss"],
-        kl={name: its.kl for name, its in merged.items()},
-        kl_99={name: its.tail.percentile_99 for name, its in merged.items()},
-        kl_special={name: _special(its) for name, its in merged.items()},
-        kl_error={name: its.kl_error for name, its in merged.items()},
-        top1={name: its.top1 for name, its in merged.items()},
-        perplexity={name: its.perplexity for name, its in merged.items()},
-        perplexity_fine_tuned={name: its.perplexity_fine_tuned for name, its in merged.items()},
+        device=run["device"],
+        **figures,
     )
     return True
+
+
+def _figures(found: Any, candidate: str) -> dict[str, dict[str, Any]]:
+    """The fidelity of a candidate: figure -> domain -> value."""
+    each = {domain.domain: domain.candidates[candidate] for domain in found.domains}
+    figures: dict[str, Callable[[Any], Any]] = {
+        "kl": lambda its: its.kl,
+        "kl_99": lambda its: its.tail.percentile_99,
+        "kl_special": _special,
+        "kl_error": lambda its: its.kl_error,
+        "top1": lambda its: its.top1,
+        "perplexity": lambda its: its.perplexity,
+        "perplexity_fine_tuned": lambda its: its.perplexity_fine_tuned,
+    }
+    return {figure: {name: of(its) for name, its in each.items()} for figure, of in figures.items()}
 
 
 def _special(found: Any) -> float | None:
@@ -165,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fit-samples", type=int, default=FIT, help="samples that all methods fit on")
     parser.add_argument("--distill-samples", type=int, default=DISTILL, help="samples that they distil on")
     parser.add_argument("--work", type=Path, help="keep the files here")
+    parser.add_argument("--device", default="cpu", help="where all methods and the evaluation run")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--inputs", help=argparse.SUPPRESS)
     return parser
@@ -197,6 +217,7 @@ def main() -> int:
             work=work,
             fit=options.fit_samples,
             distill=options.distill_samples,
+            device=options.device,
         )
         bench = _Table(
             "fidelity",
@@ -205,13 +226,18 @@ def main() -> int:
                 "length": options.length,
                 "fit": options.fit_samples,
                 "distil": options.distill_samples,
+                "device": options.device,
             },
         )
         chosen = {*LARGE, *RATIOS}
         names = [name for name in METHODS if name not in chosen and (name != "long" or options.stories is not None)]
         if options.methods:
             names = options.methods.split(",")
-        fine = [measure(name, inputs, texts, bench, samples=options.samples) for name in names]
+        fine = []
+        for name in names:
+            fine.append(measure(name, inputs, texts, bench, samples=options.samples))
+            if options.json is not None:
+                replace(options.json, bench.to_json().encode())  # a run that is cut keeps its rows
         bench.finish(options.json)
     return 0 if all(fine) else 1
 

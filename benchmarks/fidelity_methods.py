@@ -32,7 +32,10 @@ FIT, DISTILL, VALIDATE = 50, 150, 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The inputs of every method. fit, distill: numbers of samples. work: the folder of each METHOD.pxd."""
+    """The inputs of every method.
+
+    fit, distill: numbers of samples. work: the folder of each METHOD.pxd. device: torch's name of where a method runs.
+    """
 
     base: Path
     fine_tuned: Path
@@ -42,12 +45,14 @@ class Inputs:
     work: Path
     fit: int = FIT
     distill: int = DISTILL
+    device: str = "cpu"
 
     @classmethod
     def from_json(cls, text: str) -> Inputs:
         """The inputs from `to_json`."""
         given = json.loads(text)
-        return cls(**{key: Path(value) if isinstance(value, str) else value for key, value in given.items()})
+        paths = {field.name for field in fields(cls) if field.type == "Path"}
+        return cls(**{key: Path(value) if key in paths else value for key, value in given.items()})
 
     def to_json(self) -> str:
         """All fields as a JSON object; paths as strings."""
@@ -73,7 +78,7 @@ def _bitdelta(inputs: Inputs, output: Path, *, distilled: bool) -> Written:
     from baselines.pair import load_pair, write_pxd
 
     samples, ids = tokens(inputs)
-    pair = load_pair(inputs.base, inputs.fine_tuned)
+    pair = load_pair(inputs.base, inputs.fine_tuned, inputs.device)
     write_pxd(output, pair, bitdelta(pair, ids[inputs.fit :] if distilled else None), samples=samples)
     return Written(note="lr 1e-4" if distilled else "")
 
@@ -83,7 +88,7 @@ def _paper(inputs: Inputs, output: Path, *, distilled: bool) -> Written:
     from baselines.paper import paper
 
     samples, ids = tokens(inputs)
-    pair = load_pair(inputs.base, inputs.fine_tuned)
+    pair = load_pair(inputs.base, inputs.fine_tuned, inputs.device)
     modules = paper(
         pair, ids[: inputs.fit], ids[inputs.fit : inputs.fit + VALIDATE], ids[inputs.fit :] if distilled else None
     )
@@ -99,13 +104,13 @@ def _paper_tuned(inputs: Inputs, output: Path) -> Written:
     samples, ids = tokens(inputs)
     tuning = read_samples(inputs.fine_tuned, inputs.tuning, samples=16, length=inputs.length)
     modules, settings = paper_tuned(
-        lambda: load_pair(inputs.base, inputs.fine_tuned),
+        lambda: load_pair(inputs.base, inputs.fine_tuned, inputs.device),
         ids[: inputs.fit],
         ids[inputs.fit : inputs.fit + VALIDATE],
         ids[inputs.fit :],
-        torch.from_numpy(tuning.ids),
+        torch.from_numpy(tuning.ids).to(inputs.device),
     )
-    write_pxd(output, load_pair(inputs.base, inputs.fine_tuned), modules, samples=samples)
+    write_pxd(output, load_pair(inputs.base, inputs.fine_tuned, inputs.device), modules, samples=samples)
     return Written(note=f"lr {settings.row_lr:g}; {settings.distill_lr:g}")
 
 
@@ -114,7 +119,7 @@ def _lora(inputs: Inputs, output: Path, *, epochs: int) -> Written:
     from baselines.pair import load_pair
 
     _, ids = tokens(inputs)
-    pair = load_pair(inputs.base, inputs.fine_tuned)
+    pair = load_pair(inputs.base, inputs.fine_tuned, inputs.device)
     shapes = [tuple(layer.weight.shape) for _, layer, _ in pair.linears()]
     rank = equal_rank(shapes, sum(rows * columns for rows, columns in shapes) // 8)  # the bytes of one mask
     modules = lora(pair, rank, ids[inputs.fit :] if epochs else None, epochs=epochs)
@@ -128,7 +133,7 @@ def _delta_come(inputs: Inputs, output: Path) -> Written:
     from baselines.pair import load_pair
 
     _, ids = tokens(inputs)
-    pair = load_pair(inputs.base, inputs.fine_tuned)
+    pair = load_pair(inputs.base, inputs.fine_tuned, inputs.device)
     modules = delta_come(pair, ids[: inputs.fit])
     bases = {name: student.weight.detach() for name, _, student in pair.linears()}
     merged = {name: bases[name] + module.left @ module.right for name, module in modules.items()}
@@ -159,7 +164,7 @@ def tokens(inputs: Inputs) -> tuple[Any, Any]:
     samples = read_samples(
         inputs.fine_tuned, inputs.calibration, samples=inputs.fit + inputs.distill, length=inputs.length
     )
-    return samples, torch.from_numpy(samples.ids)
+    return samples, torch.from_numpy(samples.ids).to(inputs.device)
 
 
 def _ours(inputs: Inputs, output: Path, **options: Any) -> Written:
@@ -177,6 +182,7 @@ def _ours(inputs: Inputs, output: Path, **options: Any) -> Written:
         calibration=str(inputs.calibration),
         calibration_samples=inputs.fit,
         sequence_length=inputs.length,
+        device=inputs.device,
         overwrite=True,
         **options,
     )
@@ -219,8 +225,10 @@ LARGE = (
     "scalar",
     "scalar-distilled",
     "adamw",
+    "free",
     "default",
     "default-distilled",
+    "ratio-12-distilled",
 )
 RATIOS = {f"ratio-{ratio}": ratio for ratio in (4, 6, 8, 12, 16, 24)}
 METHODS: Mapping[str, Method] = {
@@ -247,12 +255,20 @@ METHODS: Mapping[str, Method] = {
     "default-distilled": ("all tensors, scales distilled", lambda i, o: _ours(i, o, distill_samples=i.distill)),
     "half": ("all tensors, half the bytes", lambda i, o: _ours(i, o, half_of="best", recipe="best")),
     "budget": ("the paper's bytes, spent freely", lambda i, o: _ours(i, o, size_of="paper", recipe="best")),
+    "free": ("the bytes of one scale, spent freely", lambda i, o: _ours(i, o, size_of="scalar")),
     **{name: (f"{ratio} times smaller", partial(_ours, target_ratio=ratio)) for name, ratio in RATIOS.items()},
+    "ratio-12-distilled": (
+        "12 times smaller, distilled",
+        lambda i, o: _ours(i, o, target_ratio=12, distill_samples=i.distill),
+    ),
 }
 
 
 def run_method(method: str, inputs: Inputs, *, methods: Mapping[str, Method] = METHODS) -> dict[str, Any]:
-    """Run one method in this process. Wall and processor seconds, peak bytes; idle_rss: peak before it began."""
+    """Run one method in this process.
+
+    Returns wall and processor seconds and peak bytes of the host and of the device. idle_rss: the host's peak before.
+    """
     import datasets  # noqa: F401  what every method imports is no method's time
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -261,14 +277,19 @@ def run_method(method: str, inputs: Inputs, *, methods: Mapping[str, Method] = M
 
     AutoTokenizer.from_pretrained(inputs.fine_tuned)
     AutoModelForCausalLM.from_pretrained(inputs.fine_tuned)
-    torch.set_num_threads(1)
+    device = torch.device(inputs.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.zeros(1, device=device)  # the start of the device is no method's time either
     gc.collect()
     gc.freeze()  # nor is looking through what they left
     before = _peak()
     begin, cpu = time.perf_counter(), time.process_time()
     written = methods[method][1](inputs, inputs.output(method))
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    return {"seconds": seconds, "cpu": cpu, "rss": _peak(), "idle_rss": before, **asdict(written)}
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"seconds": seconds, "cpu": cpu, "rss": _peak(), "idle_rss": before, "device": held, **asdict(written)}
 
 
 def _peak() -> int:

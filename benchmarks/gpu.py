@@ -39,7 +39,7 @@ from harness import machine, replace
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
-KERNELS = ("test_kernels.py", "test_exact_kernel.py", "test_serving_kernels.py", "test_cuda.py")
+KERNELS = ("test_kernels.py", "test_exact_kernel.py", "test_serving_kernels.py", "test_cuda.py", "test_cuda_exact.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _pytest(run: Run, seconds: float, *words: str, through: tuple[str, ...] = ()
     """Run tests. The figures are the numbers of passed and skipped tests and the names of the failed ones."""
     report = run.folder / "tests.xml"
     report.unlink(missing_ok=True)
-    command = [*through, *run.python("-m", "pytest", "-q", f"--junit-xml={report}", *words)]
+    command = [*through, *run.python("-m", "pytest", "-q", "-p", "no:benchmark", f"--junit-xml={report}", *words)]
     done = _process(command, seconds)
     if not report.is_file():
         return Done(None, _tail(done.stdout))
@@ -106,7 +106,7 @@ def tests(run: Run, seconds: float) -> Done:
     """Run the tests of the loader, the operations and the kernels."""
     if run.small:
         return _pytest(run, seconds, *(f"tests/loader/{name}" for name in KERNELS))
-    parallel = ["-n", str(min(12, os.cpu_count() or 1)), "-p", "no:benchmark"] if _has("xdist") else []
+    parallel = ["-n", str(min(12, os.cpu_count() or 1))] if _has("xdist") else []
     return _pytest(run, seconds, *parallel, "tests/loader", "tests/ops", "tests/tools/test_sign_kernels.py")
 
 
@@ -157,14 +157,14 @@ def compress(run: Run, seconds: float) -> Done:
     end = time.monotonic() + seconds
     base, tuned = write_deep_pair(run.folder, 2, width=64 if run.small else 512)
     text = write_text(run.folder / "text.jsonl")
-    length = "32" if run.small else "256"
+    length = "32" if run.small else "128"
     figures: dict[str, Any] = {}
     for device in dict.fromkeys((run.device, "cpu")):
         out = run.folder / f"{device}.pxd"
         begin = time.perf_counter()
         for words in (
             ["compress", base, tuned, "-o", out, "--calibration", text, "--sequence-length", length,
-             "--device", device, "--distill-samples", "8"],
+             "--device", device, "--distill-samples", "4", "--generated-samples", "4"],
             ["verify", out, "--base", base],
         ):  # fmt: skip
             done = _process(run.python("-m", "peraxis_tools", *map(str, words)), end - time.monotonic())
@@ -194,7 +194,7 @@ def sanitizer(run: Run, seconds: float) -> Done:
 
 
 STEPS: tuple[tuple[Callable[[Run, float], Done], int], ...] = (
-    (tests, 240), (compress, 90), (updates, 60), (load, 300), (serve, 180), (block, 240), (sanitizer, 200),
+    (tests, 300), (compress, 120), (updates, 60), (load, 300), (serve, 180), (block, 240), (sanitizer, 200),
 )  # fmt: skip
 
 

