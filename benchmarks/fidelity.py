@@ -104,7 +104,7 @@ def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Bench
     figures = _figures(found, "merged")
     shown = ", ".join(f"{name} {kl:.4g}" for name, kl in figures["kl"].items())
     # print each result at once, because a run takes hours
-    sys.stderr.write(f"{label}: {found.bytes} bytes, KL {shown}, {run['seconds']:.0f} s\n")
+    sys.stderr.write(f"{label}: {run['bytes'] or found.bytes} bytes, KL {shown}, {run['seconds']:.0f} s\n")
     bench.add(
         label,
         Timing((run["seconds"],)),
