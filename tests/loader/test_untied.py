@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,59 @@ def test_the_head_of_an_untied_model_follows_the_embeddings_of_a_tied_variant(
         assert torch.equal(switched(IDS).logits, expected)
         switch.use(None)
         assert torch.equal(switched(IDS).logits, before)
+
+
+def with_compiled_blocks(model: Any) -> Any:
+    model.model = torch.compile(model.model, backend="eager")
+    return model
+
+
+def with_checkpointed_head(model: Any) -> Any:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model.lm_head = checkpoint_wrapper(model.lm_head)
+    return model
+
+
+def with_an_adapter_on(module: str) -> Callable[[Any], Any]:
+    def adapted(model: Any) -> Any:
+        peft = pytest.importorskip("peft")
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[module]))
+
+    return adapted
+
+
+def with_a_head_in_f32(model: Any) -> Any:
+    model.lm_head.float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize(
+    "changed",
+    [
+        with_compiled_blocks,
+        with_checkpointed_head,
+        with_an_adapter_on("embed_tokens"),
+        with_an_adapter_on("lm_head"),
+        with_a_head_in_f32,
+    ],
+)
+def test_an_untied_head_follows_the_embeddings_inside_wrappers_and_in_f32(
+    changed: Callable[[Any], Any], base: Path, tmp_path: Path
+) -> None:
+    path, applied = delta_of(base, saved(tmp_path / "tuned", 1), exact=False)
+    expected = changed(untied(applied))(IDS).logits
+    live = changed(untied(base))
+    before = live(IDS).logits
+    with VariantSwitch(live) as switch:
+        switch.add("a", path)
+        switch.use("a")
+        assert torch.equal(live(IDS).logits, expected)
+        switch.use(None)
+        assert torch.equal(live(IDS).logits, before)
+    apply_(live, path)
+    assert torch.equal(live(IDS).logits, expected)
 
 
 def test_served_variants_of_an_untied_model_have_their_own_heads(base: Path, tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def _inner(model: nn.Module) -> nn.Module:
 
 def untied_copies(target: Target) -> list[tuple[Tensor, Tensor]]:
     """The copies of tensors that transformers ties if the configuration says so, each with its source: the head of a
-    model that was untied from its embeddings, as long as both have the same values. A checkpoint of the tied model has
-    one tensor for both.
+    model that was untied from its embeddings, as long as both have the same values, also if one of them is in F32. A
+    checkpoint of the tied model has one tensor for both.
 
     DTensors, and patterns in place of names, which few models have, are passed over.
     """
@@ -156,7 +156,7 @@ def untied_copies(target: Target) -> list[tuple[Tensor, Tensor]]:
     tied = getattr(inner, "_tied_weights_keys", None)
     if inner is None or not isinstance(tied, Mapping):  # before version 5 of transformers, a list of the copies
         return []
-    live = dict(inner.named_parameters(remove_duplicate=False))
+    live = named(inner)  # the names of tied tensors have no words of wrappers
     pairs = ((live[copy], live[source]) for copy, source in tied.items() if copy in live and source in live)
     return [(copy, source) for copy, source in pairs if _is_copy(copy, source)]
 
@@ -167,9 +167,18 @@ def _is_copy(copy: Tensor, source: Tensor) -> bool:
         return False
     if copy.data_ptr() == source.data_ptr() or not copy.dim():
         return False
-    if (copy.device, copy.dtype, copy.shape) != (source.device, source.dtype, source.shape):
+    if (copy.device, copy.shape) != (source.device, source.shape):
         return False
-    return torch.equal(copy[:1], source[:1]) and torch.equal(copy, source)  # two tables differ in the first row
+    if copy.dtype is not source.dtype and torch.float32 not in (copy.dtype, source.dtype):
+        return False
+    # Two tables differ in the first row, so a whole one is seldom converted.
+    return _have_equal_values(copy[:1], source[:1]) and _have_equal_values(copy, source)
+
+
+def _have_equal_values(one: Tensor, other: Tensor) -> bool:
+    if one.dtype is other.dtype:
+        return torch.equal(one, other)
+    return torch.equal(one.float(), other.float())
 
 
 def check_target(target: object) -> None:
