@@ -51,6 +51,7 @@ FORMAT = (
         "torch.place.remedies",
         "torch.place.renamed",
         "torch.place.shards",
+        "torch.place.wrappers",
         "torch.place.finder",
         "torch.place.widened",
         "torch.place.placement",

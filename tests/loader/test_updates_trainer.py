@@ -283,3 +283,47 @@ def test_a_wrapped_model_inside_another_module_is_published_under_the_names_of_i
         assert {entry.name for entry in anchor.manifest.modules} == {
             "weight", "bias", "value_head.weight", "value_head.bias"
         }  # fmt: skip
+
+
+class OfWords(torch.nn.Module):
+    """A model whose submodules have the names that wrappers give to what they wrap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.Linear(4, 4)
+        self.base_layer = torch.nn.Linear(4, 4)
+        self.weight = torch.nn.Parameter(torch.ones(4))
+        self.base_model = torch.nn.ModuleDict({"model": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 4)})
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, torch.compile, torch.nn.DataParallel])
+def test_submodules_with_the_names_of_wrappers_are_published_under_their_own(
+    tmp_path: Path, wrapped: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
+    model, live = OfWords(), OfWords().bfloat16()
+    path = UpdateWriter(wrapped(model), tmp_path).step().path
+    with pxd.open(path) as delta:
+        assert {entry.name for entry in delta.manifest.modules} == set(model.state_dict())
+    assert follow(live, tmp_path).poll().step == 0
+    assert published(live) == published(model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_the_model_of_an_adapter_is_published_under_the_names_of_its_checkpoint(tmp_path: Path, kind: str) -> None:
+    """An adapter of prompts has the model itself where one of LoRA has a tuner."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from tests.tools.compress_pairs import llama_config
+
+    model = transformers.AutoModelForCausalLM.from_config(llama_config())
+    names = {name for name, _ in model.named_parameters()}
+    config = (
+        peft.LoraConfig(r=2, target_modules=["q_proj"])
+        if kind == "lora"
+        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    path = UpdateWriter(peft.get_peft_model(model, config), tmp_path).step().path
+    with pxd.open(path) as delta:
+        found = {name for entry in delta.manifest.modules for name in delta.manifest.names()[entry.name]}
+    assert names <= found

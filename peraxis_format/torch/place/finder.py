@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,12 +15,9 @@ from peraxis_format.manifest import Manifest, ModuleEntry
 from peraxis_format.torch.place.remedies import FOR_VARIANTS, Remedies
 from peraxis_format.torch.place.renamed import checkpoint_views
 from peraxis_format.torch.place.shards import Box, Shard, ShardView, Target, Views, chunk, whole
+from peraxis_format.torch.place.wrappers import checkpoint_names, names_by_words
 
-__all__ = ["FUSED", "Finder", "check_target", "checkpoint_names", "local_shard", "named", "untied_copies"]
-
-# Words that wrappers add to the names of parameters: anywhere, and at the beginning.
-_WITHIN: Final = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|base_layer)\.(?=.)")
-_LEADING: Final = re.compile(r"^(?:module|base_model\.model)\.(?=.)")
+__all__ = ["FUSED", "Finder", "check_target", "local_shard", "named", "untied_copies"]
 
 FUSED: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -205,29 +200,8 @@ def named(target: Target) -> dict[str, Tensor]:
         raise LiveModelError(
             f"{flat}: FSDP1 has flattened the weights; wrap the model with fully_shard (FSDP2) instead"
         )
-    stored = {name: live[own] for own, name in checkpoint_names(live).items()}
-    return {**live, **stored} if isinstance(target, nn.Module) else {**stored, **live}
-
-
-def checkpoint_names(names: Iterable[str]) -> dict[str, str]:
-    """All names of a model's tensors -> names without the words that torch.compile, DistributedDataParallel, activation
-    checkpointing and PEFT add to them.
-
-    No two are equal: a model may have a submodule with such a word as its name, and its tensors keep it.
-    """
-    names = _unless_equal({own: own for own in names}, lambda name: _WITHIN.sub("", name))
-    while names and all(map(_LEADING.match, names.values())):
-        names = {own: _LEADING.sub("", name) for own, name in names.items()}
-    return _unless_equal(names, _without_leading)
-
-
-def _without_leading(name: str) -> str:
-    shorter = _LEADING.sub("", name)
-    return name if shorter == name else _without_leading(shorter)
-
-
-def _unless_equal(names: dict[str, str], shortened: Callable[[str], str]) -> dict[str, str]:
-    """The shortened names, except those that several names have in common."""
-    short = {own: shortened(name) for own, name in names.items()}
-    count = Counter([*short.values(), *(name for own, name in names.items() if name != short[own])])
-    return {own: short[own] if count[short[own]] == 1 else name for own, name in names.items()}
+    by_words = {name: live[own] for own, name in names_by_words(live).items()}
+    if not isinstance(target, nn.Module):
+        return {**by_words, **live}
+    stored = {name: live[own] for own, name in checkpoint_names(target, live).items()}
+    return {**live, **by_words, **stored}

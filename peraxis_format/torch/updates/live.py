@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peraxis_format.arguments import check_path, kind_of
 from peraxis_format.errors import ArgumentError, LiveModelError
-from peraxis_format.torch.place.finder import checkpoint_names
 from peraxis_format.torch.place.pieces import is_dtensor
+from peraxis_format.torch.place.wrappers import checkpoint_names
 from peraxis_format.urls import is_url
 
 __all__ = ["check_publishing", "live_tensors"]
@@ -53,7 +53,7 @@ def live_tensors(
     in_pieces: DTensors are allowed. Raises LiveModelError.
     """
     named = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
-    names = checkpoint_names(named) if isinstance(model, nn.Module) else {}
+    names = checkpoint_names(model, named) if isinstance(model, nn.Module) else {}
     first: dict[tuple[object, ...], str] = {}
     live: dict[str, Tensor] = {}
     tied: list[tuple[str, str]] = []
