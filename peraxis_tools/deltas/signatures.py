@@ -115,15 +115,16 @@ def sign(
         signing = _library().signing
         with _clear(f"{file}: cannot be signed with {private_key}", ToolError), stages("sign", None):
             config = signing.Config().set_hashing_config(_hashing(bundle))
-            secret = None if password is None else password.encode()
-            _check_key(private_key, secret, with_certificate=certificate is not None)
+            secret = None if password is None else password.encode(errors="surrogateescape")
+            key = _checked_key(private_key, secret)
             if certificate is None:
                 # cryptography, which gets the password from the library as it is, needs bytes.
                 config.use_elliptic_key_signer(private_key=private_key, password=secret)
             else:
-                config.use_certificate_signer(
-                    private_key=private_key, signing_certificate=certificate, certificate_chain=chain
-                )
+                with _readable(private_key, key, encrypted=secret is not None) as source:
+                    config.use_certificate_signer(
+                        private_key=source, signing_certificate=certificate, certificate_chain=chain
+                    )
             signature = _signed(config, file)
         with pxd.atomic_file(bundle, overwrite=overwrite) as target:
             target.write(signature)
@@ -132,21 +133,41 @@ def sign(
     )
 
 
-def _check_key(private_key: Path, password: bytes | None, *, with_certificate: bool) -> None:
-    """Raise ValueError for a key of another kind and for one that stays encrypted, which the library does not name.
-    Raises what cryptography raises.
+def _checked_key(private_key: Path, password: bytes | None) -> Any:
+    """The private key of a file. Raises ValueError for one of another kind and for an encrypted one without a password,
+    which the library does not name. Raises what cryptography raises.
     """
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     data = private_key.read_bytes()
-    if (password is None or with_certificate) and b"ENCRYPTED" in data:
-        if with_certificate:
-            raise ValueError("it is encrypted, which the library cannot read beside a certificate; decrypt it first")
+    if password is None and b"ENCRYPTED" in data:
         raise ValueError("it is encrypted; give its password, in PERAXIS_KEY_PASSWORD or as password")
     key = load_pem_private_key(data, password)
     if not isinstance(key, EllipticCurvePrivateKey):
         raise ValueError("it is no elliptic-curve key; make one with `openssl ecparam -genkey -noout -name prime256v1`")
+    return key
+
+
+@contextlib.contextmanager
+def _readable(private_key: Path, key: Any, *, encrypted: bool) -> Iterator[Path]:
+    """A file from which the library reads a key beside a certificate: it does not take a password there.
+
+    An encrypted key is given through a pipe, decrypted, so that it is on no disk.
+    """
+    from cryptography.hazmat.primitives import serialization
+
+    if not encrypted:
+        yield private_key
+        return
+    if not os.path.isdir("/dev/fd"):
+        raise ValueError("it is encrypted, which the library cannot read beside a certificate; decrypt it first")
+    plain = serialization.NoEncryption()
+    reading, writing = os.pipe()
+    with open(reading, "rb"):
+        with open(writing, "wb") as pipe:  # a key is smaller than the buffer of a pipe
+            pipe.write(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
+        yield Path(f"/dev/fd/{reading}")
 
 
 def _signed(config: Any, file: Path) -> bytes:
