@@ -150,6 +150,8 @@ def atomic_folder(path: Path, *, overwrite: bool = False, repository: bool = Fal
         refuse_folder(path, overwrite=overwrite, repository=repository)
         earlier = earlier_output(path, repository=repository)
         replaced = earlier.files if earlier is not None else frozenset()
+        if not repository:  # its card does not say which files were written
+            _refuse_taken(path, files, replaced)
         if fixed:
             _move_in(temporary, path, files, replaced - {MARKER}, repository=repository)
         else:
@@ -214,6 +216,16 @@ def _sync(folder: Path) -> None:
             with open(each, "rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
+
+
+def _refuse_taken(path: Path, files: Sequence[str], replaced: frozenset[str]) -> None:
+    """Raise ToolError if an output has a file of the name of another one in the folder, which would be lost."""
+    for name in sorted({*files} - replaced):
+        if os.path.lexists(path / name):
+            raise ToolError(
+                f"{path / name}: is no file of the earlier output, and the new one has a file of this name; move it "
+                "away or choose another output"
+            )
 
 
 def _link_rest(old: Path, new: Path, replaced: frozenset[str]) -> None:

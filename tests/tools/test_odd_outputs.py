@@ -67,3 +67,28 @@ def test_a_repository_that_is_written_into_the_current_folder_has_no_list_in_the
         assert (tmp_path / MARKER).exists() is not repository
         (tmp_path / MARKER).unlink(missing_ok=True)
         (tmp_path / "own.txt").unlink()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json"])
+def test_a_file_that_another_put_into_an_earlier_output_is_not_replaced_by_one_of_its_name(
+    name: str, tmp_path: Path
+) -> None:
+    """A note of `apply` asks for a copy of the tokenizer, and the next delta may have its own."""
+    output = tmp_path / "out"
+
+    def write(*names: str) -> None:
+        with atomic_folder(output, overwrite=True) as folder:
+            for each in names:
+                (folder / each).parent.mkdir(exist_ok=True)
+                (folder / each).write_text("of the run")
+
+    write("config.json")
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    with pytest.raises(ToolError, match=rf"{name}: is no file of the earlier output, .*; move it away or"):
+        write("config.json", name)
+    assert (output / name).read_text() == "mine"
+    (output / name).unlink()
+    write("config.json", name)
+    write("config.json", name)
+    assert (output / name).read_text() == "of the run"
