@@ -160,20 +160,17 @@ def _refuse_other_shapes(anchor: Path, tensors: Sequence[_Named], base: pxd.Safe
 def _note_added(anchor: Path, tensors: Sequence[_Named], base: pxd.Safetensors, *, layers: int | None) -> None:
     """Note the matrices and biases of an anchor that the base lacks.
 
-    Raises CheckFailedError for one of a layer that the model of the base's configuration does not have.
+    Raises CheckFailedError for one of a layer after all those of the base, unless the base's configuration counts it.
     """
     added = [each.own for each in _added(tensors, base) if len(each.shape) > 1 or _is_bias(each.own)]
-    tails = {_tail(name) for name in base} if added else set()
+    last = _last_layers(base) if added else {}
     for name in added:
-        layer = layer_of(name)
-        if (
-            layers is not None
-            and layer is not None
-            and layer >= layers
-            and _NUMBER.sub(".0.", _tail(name), count=1) in tails
-        ):
-            found = f"it has {name}, and the config.json of {base.label} says {counted(layers, 'layer')}"
-            raise CheckFailedError(f"{anchor}: is for another model; {found}; {_BEGAN}")
+        layer, known = layer_of(name), last.get(_stack(name), last.get(_stack(_tail(name))))
+        if layer is None or known is None or layer <= known or (layers is not None and layer < layers):
+            continue
+        said = f"has no layer after {known}" if layers is None else f"says {counted(layers, 'layer')}"
+        where = base.label if layers is None else f"the config.json of {base.label}"
+        raise CheckFailedError(f"{anchor}: is for another model; it has {name}, and {where} {said}; {_BEGAN}")
     if added:
         note(
             f"{anchor}: has {counted(len(added), 'weight')} that {base.label} lacks, like {added[0]}; if this is "
@@ -185,6 +182,20 @@ def _tail(name: str) -> str:
     """The end of a name, from its layer on, or its last two words: prefixes differ between a model and its files."""
     number = _NUMBER.search(name)
     return name[number.start() :] if number else ".".join(name.split(".")[-2:])
+
+
+def _stack(name: str) -> str:
+    """A name without the number of its layer: equal for the tensors that each layer of a stack has."""
+    return _NUMBER.sub(".*.", name, count=1)
+
+
+def _last_layers(base: pxd.Safetensors) -> dict[str, int]:
+    """The number of the last layer of the base by `_stack`, of whole names and of their ends."""
+    last: dict[str, int] = {}
+    for name in base:
+        for stack in (_stack(name), _stack(_tail(name))):
+            last[stack] = max(last.get(stack, 0), layer_of(name) or 0)
+    return last
 
 
 def shapes_of(manifest: pxd.Manifest) -> dict[str, tuple[int, ...]]:

@@ -253,3 +253,25 @@ def test_a_part_of_a_model_with_more_layers_than_its_text_model_is_no_other_mode
     (base / "config.json").write_text('{"text_config": {"num_hidden_layers": 2}}')
     peraxis.apply(base, anchor_of(tmp_path / "run", live).parent, tmp_path / "out")
     assert not [message for message in caplog.messages if "lacks" in message]
+
+
+def encoder_and_decoder(encoder: int, decoder: int) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, num_layers=encoder, num_decoder_layers=decoder)).bfloat16()
+
+
+@pytest.mark.parametrize("layers", [(3, 4), (2, 5)])
+def test_a_layer_after_those_of_the_base_is_refused_also_if_its_configuration_has_no_known_count(
+    layers: tuple[int, int], tmp_path: Path
+) -> None:
+    """T5 has two stacks of layers, and other names for their numbers."""
+    encoder_and_decoder(2, 4).save_pretrained(tmp_path / "base")
+    more = anchor_of(tmp_path / "more", encoder_and_decoder(*layers))
+    stack, last = ("encoder", 1) if layers[0] > 2 else ("decoder", 3)
+    reason = rf"it has {stack}\.block\.{last + 1}\.\S+, and \S+base has no layer after {last}{REMEDY}"
+    with pytest.raises(CheckFailedError, match=reason):
+        peraxis.apply(tmp_path / "base", more, tmp_path / "out")
+    same = anchor_of(tmp_path / "same", encoder_and_decoder(2, 4))
+    peraxis.apply(tmp_path / "base", same, tmp_path / "out")
