@@ -18,7 +18,7 @@ from typing import Final
 from peraxis_format.container import file_size, header_bytes, layout
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.dtypes import raw_bytes
-from peraxis_format.errors import PxdError, ShapeError
+from peraxis_format.errors import ProfileError, PxdError, ShapeError
 from peraxis_format.files import atomic_file, is_stream
 from peraxis_format.manifest import (
     EXACT_FEATURE,
@@ -174,10 +174,9 @@ class DeltaWriter:
         Raises ProfileError if the content violates SPEC 3 (a name twice, an asset's path), OSError with the path if it
         cannot be written, FileExistsError if it exists by now and overwrite is false.
         """
-        manifest = self._manifest()
-        text = manifest.to_bytes()
         # SPEC 11.2: checked as a reader would, because a caller's metadata can contain anything.
         try:
+            manifest, text = self._written()
             check_manifest(parse_manifest(text))
         except PxdError as error:
             error.advice = "correct what the writer was given"  # no file exists that could be fetched again
@@ -191,6 +190,15 @@ class DeltaWriter:
             shutil.copyfileobj(self._spool, file, _COPY_CHUNK)
         self.size = len(header) + self._end
         return manifest
+
+    def _written(self) -> tuple[Manifest, bytes]:
+        """The manifest and its bytes. Raises ProfileError for a text that is not Unicode."""
+        try:
+            manifest = self._manifest()
+            return manifest, manifest.to_bytes()
+        except UnicodeEncodeError as error:  # like a name in bytes that are not UTF-8, from the command line
+            beside = error.object[max(0, error.start - 20) : error.end + 20]
+            raise ProfileError("E202", f"a text is not Unicode, at {beside!a}") from None
 
     def _manifest(self) -> Manifest:
         return Manifest(

@@ -89,6 +89,20 @@ def test_content_that_breaks_the_specification_is_the_callers_to_correct(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["name", "metadata", "module", "chained"])
+def test_a_text_that_is_no_unicode_is_the_callers_to_correct(place: str, tmp_path: Path) -> None:
+    """The name of a file in bytes that are not UTF-8 is such a text in Python."""
+    odd, rng = "a\udcff", np.random.default_rng(0)
+    named = pxd.Identity(id=odd if place == "name" else "t")
+    chained = place == "chained"
+    with pxd.DeltaWriter(tmp_path / "d.pxd", base=pxd.Identity(id="b"), fine_tuned=named, chained=chained) as writer:
+        writer.add(sign_module(rng, odd if place in ("module", "chained") else "w", random_storage(rng, (16, 24))))
+        writer.metadata["x"] = odd if place == "metadata" else ""
+        with pytest.raises(pxd.ProfileError, match=r"E202: .*a text is not Unicode, at '.*a\\udcff.*correct what the"):
+            writer.finish()
+    assert not (tmp_path / "d.pxd").exists()
+
+
 def test_without_finish_nothing_appears(tmp_path: Path) -> None:
     with pxd.DeltaWriter(tmp_path / "a.pxd", base=pxd.Identity(id="b"), fine_tuned=pxd.Identity(id="f")) as writer:
         writer.add(modules()[0])
