@@ -32,8 +32,9 @@ for every verb and are checked before any work begins:
 
 - An output never replaces an input. An existing file is replaced only with `--overwrite`.
 - A folder is replaced with `--overwrite` if its list of files (`.peraxis-output.json`) shows that it is an earlier
-  output. The files of the list are replaced, and all others remain. `publish --dry-run` replaces a repository by its
-  card, and no other verb does. Any other folder that is not empty is refused.
+  output. The files of the list are replaced, and all others remain; a run that would write a file of their names ends
+  with an error instead. `publish --dry-run` replaces a repository by its card, and no other verb does. Any other folder
+  that is not empty is refused.
 - The folder above an output must exist.
 - Devices, pipes and open files (`/dev/stdout`) are written into. If an output is standard output, the report goes to
   standard error.
