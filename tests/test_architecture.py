@@ -48,6 +48,7 @@ FORMAT = (
     ),
     *("ops.tensors", "ops.rebuild", "ops.exact.triton", "ops.exact.torch", "reader", "writer", "testing", "ops"),
     *(
+        "torch.modes",
         "torch.place.remedies",
         "torch.place.renamed",
         "torch.place.shards",

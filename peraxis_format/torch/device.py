@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format.errors import DeviceError
+from peraxis_format.torch.modes import writes
 from peraxis_format.torch.place.shards import Placement
 
 __all__ = ["CudaDevice", "Device", "HostDevice", "UploadCounters", "current_device", "device_of", "require_triton"]
@@ -140,7 +141,8 @@ def _copied(stream: Any, target: Tensor, source: Tensor, after: Any) -> Any:
     if after is not None:
         stream.wait_event(after)
     with torch.cuda.stream(stream):
-        target.copy_(source, non_blocking=True)
+        with writes():
+            target.copy_(source, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
         event.record(stream)
     return event

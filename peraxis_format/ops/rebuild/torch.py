@@ -81,7 +81,8 @@ class Scratch(threading.local):
         """[rows, width of `like`] in its dtype, on the CPU; the next call overwrites it."""
         size = rows * like.shape[1] * like.element_size()
         if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=torch.uint8)
+            with torch.inference_mode(False):  # so that calls in each mode can write it
+                self._buffer = torch.empty(size, dtype=torch.uint8)
         return self._buffer[:size].view(like.dtype).view(rows, like.shape[1])
 
 

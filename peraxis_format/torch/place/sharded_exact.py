@@ -22,6 +22,7 @@ from peraxis_format.errors import fail, located
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.ops.exact import BLOCK, apply
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.modes import allocates, writes
 from peraxis_format.torch.place.pieces import Layout, assembled, boxed_indices
 from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, Placement, ShardView, whole
@@ -62,11 +63,12 @@ class ExactPiece:
 
     def write(self, base: Tensor) -> None:
         """Write the new weights to the live storage."""
-        self.shard.view.copy_(self.on(base))
+        with writes():
+            self.shard.view.copy_(self.on(base))
         self.shard.publish()
 
 
-@torch.no_grad()
+@allocates()
 def exact_pieces(
     file: DeltaFile, placement: Placement, *, base_of: Callable[[ShardView], Tensor], group: object
 ) -> tuple[ExactPiece, ...]:

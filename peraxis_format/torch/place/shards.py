@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from peraxis_format.torch.modes import writes
+
 __all__ = [
     "Box",
     "ShardView",
@@ -59,7 +61,8 @@ class ShardView:
     def publish(self) -> None:
         """Copy the view's values into the model."""
         if self.wide is not None:
-            self.wide.copy_(self.view)
+            with writes():
+                self.wide.copy_(self.view)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from peraxis_format.ops.tensors import tensor_view
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import device_of, require_triton
+from peraxis_format.torch.modes import allocates
 from peraxis_format.torch.place.binding import check_live, is_sharded
 from peraxis_format.torch.place.claims import claim, release
 from peraxis_format.torch.place.placement import place
@@ -208,7 +209,7 @@ class Served:
         self.close()
 
 
-@torch.no_grad()
+@allocates()
 def serve(
     model: nn.Module,
     variants: Mapping[str, DeltaFile | str | os.PathLike[str]],

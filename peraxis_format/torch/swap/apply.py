@@ -27,6 +27,7 @@ from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import Device, device_of
+from peraxis_format.torch.modes import allocates, writes
 from peraxis_format.torch.place.binding import check_live, is_sharded, sharded_anywhere
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.placement import place
@@ -69,7 +70,7 @@ def _applied_already(target: Target, content_id: str) -> Iterator[None]:
         raise
 
 
-@torch.no_grad()
+@allocates()
 def apply_(
     target: Target,
     delta: DeltaFile | str | os.PathLike[str],
@@ -201,7 +202,7 @@ def _all_or_none(write: Callable[[], None], kept: Mapping[ShardView, Tensor], *,
     """
     with uninterrupted():
         try:
-            with together(group, sharded=sharded):
+            with together(group, sharded=sharded), writes():
                 write()
         except BaseException as error:
             with together(group, sharded=sharded):
@@ -215,7 +216,8 @@ def _restore(kept: Mapping[ShardView, Tensor], error: BaseException) -> None:
     failure: BaseException | None = None
     for shard, old in kept.items():
         try:
-            shard.view.copy_(old)
+            with writes():
+                shard.view.copy_(old)
             shard.publish()
         except BaseException as again:
             failure = failure or again

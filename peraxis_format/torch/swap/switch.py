@@ -23,12 +23,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from peraxis_format.errors import LiveModelError, first_line, torn
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.modes import allocates, writes
 from peraxis_format.torch.place.ranks import together
 from peraxis_format.torch.place.shards import Shard, ShardView, Target, Views, increment_versions
 from peraxis_format.torch.swap.guard import Guard
@@ -122,7 +122,7 @@ class VariantSwitch:
 
     # --- registering ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @allocates()
     def add(
         self,
         name: str,
@@ -152,7 +152,7 @@ class VariantSwitch:
 
     # --- swapping ------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @allocates()
     def use(self, name: str | None, *, overwrite: bool = False) -> Swap:
         """Turn the model into a variant, or into the base (None). The current one costs nothing.
 
@@ -221,7 +221,7 @@ class VariantSwitch:
         increment_versions(touched)
         device, ring = registry.device, registry.ring
         try:
-            with together(registry.group, sharded=registry.is_sharded):
+            with together(registry.group, sharded=registry.is_sharded), writes():
                 for shard in restored:
                     shard.view.copy_(registry.bases[shard], non_blocking=True)
                     shard.publish()

@@ -37,6 +37,7 @@ from peraxis_format.ops.rebuild.torch import ComponentTensors
 from peraxis_format.ops.tensors import as_bytes, from_storage, storage_array
 from peraxis_format.thread_pool import ThreadPool
 from peraxis_format.torch.device import current_device
+from peraxis_format.torch.modes import writes
 from peraxis_format.torch.place.proof import block_ranges
 from peraxis_format.torch.place.sharded_exact import ExactPiece
 from peraxis_format.torch.place.shards import ShardView
@@ -135,6 +136,7 @@ class InPlace:
         self._applied: set[int] = set()  # the ranges that are the variant's
         self._open: dict[int, tuple[Tensor, bool]] = {}  # being written: the old weights, and whether applied before
 
+    @writes()
     def write(self, target: UndoLog | None) -> int:
         """Change the weights to a variant, or to the base (None), from any state. Returns the bytes written.
 
@@ -231,7 +233,7 @@ class InPlace:
 
 def _on_device(shard: ShardView, job: Callable[[], None]) -> None:
     """Run a job on the shard's device, because threads have another current device."""
-    with torch.no_grad(), current_device(shard.view.device):
+    with writes(), current_device(shard.view.device):
         job()
 
 

@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peraxis_format.delta import Encoding, ModuleDelta
 from peraxis_format.errors import located
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.modes import allocates
 from peraxis_format.torch.place.claims import writing
 from peraxis_format.torch.place.pieces import in_pieces
 from peraxis_format.torch.place.placement import place
@@ -33,7 +32,7 @@ from peraxis_format.torch.updates.write import write_whole
 __all__ = ["apply_update"]
 
 
-@torch.no_grad()
+@allocates()
 def apply_update(
     target: Target,
     update: DeltaFile | str | Path,

@@ -31,6 +31,7 @@ from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
 from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.modes import allocates
 from peraxis_format.torch.updates.destination import Destination
 from peraxis_format.torch.updates.listing import UpdateFile
 from peraxis_format.torch.updates.live import check_publishing, live_tensors
@@ -114,7 +115,7 @@ class UpdateWriter:
         """The digest over the published state; None before the first step."""
         return None if self._head is None else self._head.result
 
-    @torch.no_grad()
+    @allocates()
     def step(self) -> Published:
         """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 

@@ -25,6 +25,7 @@ from peraxis_format.errors import LiveModelError, fail, located, torn
 from peraxis_format.interrupts import uninterrupted
 from peraxis_format.manifest import ModuleEntry
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.modes import allocates, writes
 from peraxis_format.torch.place.claims import refuse_claimed
 from peraxis_format.torch.place.pieces import Layout
 from peraxis_format.torch.place.proof import proven
@@ -51,6 +52,7 @@ class _Change:
     def nbytes(self) -> int:
         return self.values.nbytes + (0 if self.places is None else self.places.nbytes)
 
+    @writes()
     def exchange(self) -> None:
         """Exchange values and live weights, so that a second call restores both. On an error both are unchanged."""
         flat = words_of(self.shard.view).reshape(-1)
@@ -79,7 +81,7 @@ class StagedUpdate:
     _changes: tuple[_Change, ...]
     _group: Any
 
-    @torch.no_grad()
+    @allocates()
     def write(self) -> None:
         """Write the new weights on all ranks of the group, or restore the old ones on all. Collective.
 
@@ -112,7 +114,7 @@ class StagedUpdate:
             raise torn("an update", error, failure) from failure
 
 
-@torch.no_grad()
+@allocates()
 def stage(file: DeltaFile, placement: Placement, *, group: Any = None, owner: object = None) -> StagedUpdate:
     """Check an exact update, or an anchor, against live weights, on all ranks of a group or on none. Collective.
 

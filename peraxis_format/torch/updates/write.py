@@ -16,6 +16,7 @@ from peraxis_format.delta import ModuleDelta
 from peraxis_format.dtypes import Array
 from peraxis_format.errors import torn
 from peraxis_format.reader import DeltaFile
+from peraxis_format.torch.modes import writes
 from peraxis_format.torch.place.proof import stretches
 from peraxis_format.torch.place.shards import Placement, ShardView, storage_key
 
@@ -54,7 +55,8 @@ class _Write:
     def _put(self) -> None:
         if self.at.pending is not None:
             live, new = self.at.pending
-            live.copy_(new)
+            with writes():
+                live.copy_(new)
             self.at = _At(job=self.at.job, ranges=self.at.ranges + 1)
 
 
