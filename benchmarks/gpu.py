@@ -155,7 +155,7 @@ def updates(run: Run, seconds: float) -> Done:
 def compress(run: Run, seconds: float) -> Done:
     """Compress and verify the same pair on the device and on the CPU. The figures are seconds and bytes of each."""
     end = time.monotonic() + seconds
-    base, tuned = write_deep_pair(run.folder, 2, width=64 if run.small else 512)
+    base, tuned = write_deep_pair(run.folder, 2, width=64 if run.small else 256)
     text = write_text(run.folder / "text.jsonl")
     length = "32" if run.small else "128"
     figures: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def compress(run: Run, seconds: float) -> Done:
         begin = time.perf_counter()
         for words in (
             ["compress", base, tuned, "-o", out, "--calibration", text, "--sequence-length", length,
-             "--device", device, "--distill-samples", "4", "--generated-samples", "4"],
+             "--device", device, "--distill-samples", "4", "--distill-epochs", "1", "--generated-samples", "4"],
             ["verify", out, "--base", base],
         ):  # fmt: skip
             done = _process(run.python("-m", "peraxis_tools", *map(str, words)), end - time.monotonic())
