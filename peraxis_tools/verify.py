@@ -20,11 +20,13 @@ from peraxis_tools.arguments import (
     refuse_idle,
     sequence,
 )
+from peraxis_tools.chain.siblings import order_fault
 from peraxis_tools.checkpoints.checkpoint import with_revision
+from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Progress, stages_of
-from peraxis_tools.errors import ToolError
+from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.remote.files import local_copy, refuse_closed
-from peraxis_tools.verify_files import Signature, VerifyResult, Wanted, verify_files
+from peraxis_tools.verify_files import Signature, VerifyResult, Wanted, verify_files, with_broken_chains
 
 __all__ = ["VerifyResult", "delta_files", "verify"]
 
@@ -49,15 +51,15 @@ def verify(
 ) -> VerifyResult:
     """Check deltas: steps 1 to 11 of SPEC 8, and everything that the options ask for. Raises at the first failure.
 
-    deltas: one or several of a path, a URL, a glob, or a folder, which means every .pxd in it. base: a folder, a file
-    or a hub id; step 12 is checked on it, or, for an update that follows others of these files, on the state after
-    them. expect_content_id: the content IDs that a delta may have. signature: check the bundle, by default
-    `<delta>.sig`, by a public key or a chain of certificates; each of these three also asks for this check.
-    max_error, max_kl: bounds on base + delta against fine_tuned: the relative error of the deltas (what has none
-    must be equal: names, dtypes, shapes, new rows, bits), and KL in nats per token on each of the texts (domain ->
-    text). keep_going: check all files, and return failures instead of raising.
-    progress: called with numbers of bytes, or True for a bar. Raises PxdError, CheckFailedError, CheckpointError,
-    ToolError, OSError.
+    deltas: one or several of a path, a URL, a glob, or a folder, which means every .pxd in it and in the folders below.
+    The updates of a chain in a folder must have one order, as for `log` and `apply`. base: a folder, a file or a hub
+    id; step 12 is checked on it, or, for an update that follows others of these files, on the state after them.
+    expect_content_id: the content IDs that a delta may have. signature: check the bundle, by default `<delta>.sig`, by
+    a public key or a chain of certificates; each of these three also asks for this check. max_error, max_kl: bounds on
+    base + delta against fine_tuned: the relative error of the deltas (what has none must be equal: names, dtypes,
+    shapes, new rows, bits), and KL in nats per token on each of the texts (domain -> text). keep_going: check all
+    files, and return failures instead of raising; a folder whose chain has no order is one more row. progress: called
+    with numbers of bytes, or True for a bar. Raises PxdError, CheckFailedError, CheckpointError, ToolError, OSError.
     """
     check_paths(base=base, bundle=bundle, public_key=public_key, fine_tuned=fine_tuned, optional=True)
     check_workers(workers)
@@ -96,7 +98,11 @@ def verify(
         with local_copy(file, progress=stages) as path:
             yield path
 
-    return verify_files(files, wanted, open_file=open_file, progress=stages, workers=workers, keep_going=keep_going)
+    report = verify_files(files, wanted, open_file=open_file, progress=stages, workers=workers, keep_going=keep_going)
+    broken = _broken_chains(deltas)
+    if broken and not keep_going:
+        raise CheckFailedError(next(iter(broken.values())))
+    return with_broken_chains(report, broken)
 
 
 def delta_files(deltas: str | Path | Sequence[str | Path]) -> list[str]:
@@ -120,13 +126,28 @@ def delta_files(deltas: str | Path | Sequence[str | Path]) -> list[str]:
 def _files_below(folder: str) -> list[str]:
     """The sorted .pxd of a folder and of those in it, and folders that cannot be listed.
 
-    Pipes and links without a target are included: an error is better than a file that is silently not there.
+    Pipes, links without a target and folders with such a name are included: an error is better than a file that is
+    silently not there.
     """
     found: list[str] = []
-    for place, _, names in os.walk(folder, onerror=lambda error: found.append(str(error.filename))):
-        paths = [str(Path(place, name)) for name in names if name.endswith(".pxd")]
-        found.extend(paths)
+    for place, folders, names in os.walk(folder, onerror=lambda error: found.append(str(error.filename))):
+        found.extend(str(Path(place, name)) for name in (*folders, *names) if name.endswith(".pxd"))
     return sorted(found)
+
+
+def _broken_chains(deltas: str | Path | Sequence[str | Path]) -> dict[str, str]:
+    """The folders with updates that are meant as one chain and are none: the reasons. Globs are not looked at."""
+    tops = [name for name in map(str, sequence(deltas)) if not is_url(name) and os.path.isdir(name)]
+    broken: dict[str, str] = {}
+    for folder in sorted({place for top in tops for place, _, _ in os.walk(top)}):
+        fault = order_fault(Path(folder))
+        if fault is None:
+            continue
+        if fault.certain:
+            broken[folder] = f"{fault.reason}; `log` and `apply` refuse this folder"
+        else:
+            note(f"{folder} is not one chain, so `log` and `apply` refuse it: {fault.reason}")
+    return broken
 
 
 def _refuse_empty(name: str) -> None:
@@ -135,6 +156,8 @@ def _refuse_empty(name: str) -> None:
         return
     if os.path.isdir(name):
         os.listdir(name)
+        if name.endswith(".pxd"):
+            raise ToolError(f"{name}: is a folder with the name of a file; move it away or rename it")
         raise ToolError(
             f"{name}: has no .pxd; to compare a checkpoint with its delta, run "
             f"`peraxis-tools diff DELTA {name} --base BASE`"

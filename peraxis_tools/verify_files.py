@@ -6,6 +6,8 @@ The checks of one file run in this order and end with the first that does not pa
     content id  it is one of those expected     signature  the bundle matches file and key
     base        step 12                         error, kl  bounds against the fine-tuned checkpoint; of an update that
                                                            follows another of the files, `fine-tuned` says why not
+
+A folder whose updates are not one chain has a verdict of its own, with the check `chain`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,17 @@ from peraxis_tools.errors import CheckFailedError, NotVerifiableError, ToolError
 from peraxis_tools.remote.urls import without_secrets
 from peraxis_tools.texts.samples import check_texts
 
-__all__ = ["Check", "FileVerdict", "Opener", "Signature", "Status", "VerifyResult", "Wanted", "verify_files"]
+__all__ = [
+    "Check",
+    "FileVerdict",
+    "Opener",
+    "Signature",
+    "Status",
+    "VerifyResult",
+    "Wanted",
+    "verify_files",
+    "with_broken_chains",
+]
 
 # Opens a file by the name that the user gave; a remote file is fetched first.
 Opener: TypeAlias = Callable[[str], AbstractContextManager[Path]]
@@ -68,7 +80,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileVerdict:
-    """The outcome of one file. content_id and bytes are None if it could not be opened.
+    """The outcome of one file. content_id and bytes are None if it could not be opened, and for a folder that is not
+    one chain.
 
     unchecked: base, if the file needs one and none was given; signature, if one lies beside the file and was not asked
     for.
@@ -135,6 +148,22 @@ def verify_files(
         )
         verdicts = tuple(_verdict(file, run) for file in files)
     return VerifyResult(status=_gravest(verdict.status for verdict in verdicts), files=verdicts)
+
+
+def with_broken_chains(report: VerifyResult, broken: Mapping[str, str]) -> VerifyResult:
+    """Add a verdict for each folder whose updates are not one chain. broken: folder -> the reason."""
+    verdicts = (
+        FileVerdict(
+            path=folder,
+            status=Status.FAILED,
+            content_id=None,
+            bytes=None,
+            checks=(Check(name="chain", status=Status.FAILED, message=reason),),
+        )
+        for folder, reason in broken.items()
+    )
+    files = (*report.files, *verdicts)
+    return VerifyResult(status=_gravest(verdict.status for verdict in files), files=files)
 
 
 def _check_bounds(wanted: Wanted) -> None:

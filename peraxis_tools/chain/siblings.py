@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -18,7 +18,7 @@ from peraxis_tools.outputs.remote_output import names_beside
 from peraxis_tools.remote.files import RemoteFile
 from peraxis_tools.remote.urls import local_path, without_secrets
 
-__all__ = ["note_repeated", "order_fault", "own_turn", "refuse_disorder", "refuse_other_name"]
+__all__ = ["OrderFault", "note_repeated", "order_fault", "own_turn", "refuse_disorder", "refuse_other_name"]
 
 _NEW: Final = "the new update"  # its content ID, which is not known before it is written
 _TURN: Final = "00c4a117"  # the lock's name
@@ -118,8 +118,20 @@ def own_turn(output: Path) -> Iterator[None]:
             raise ToolError(f"{output}: {told}")
 
 
-def order_fault(folder: Path) -> str | None:
-    """The reason why the updates of a folder are not one chain; None if they are, or if other files are among them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderFault:
+    """The reason why the updates of a folder are not one chain.
+
+    certain: whether they are meant as one: a file follows another, names the one before it, is an anchor, or has the
+    name of a step. Otherwise they may be variants of one state, side by side.
+    """
+
+    reason: str
+    certain: bool
+
+
+def order_fault(folder: Path) -> OrderFault | None:
+    """The fault in the order of a folder's updates; None if they are one chain, or if other files are among them."""
     paths = sorted(folder.glob("*.pxd"))
     links = list(_links(folder))
     if len(links) < max(2, len(paths)):
@@ -128,8 +140,16 @@ def order_fault(folder: Path) -> str | None:
     try:
         chain_order([link for link in links if link not in beside])
     except CheckFailedError as error:
-        return str(error)
+        return OrderFault(reason=str(error), certain=_is_chain(links))
     return None
+
+
+def _is_chain(links: Sequence[Link]) -> bool:
+    results = {link.result for link in links}
+    return any(
+        link.previous is not None or link.is_anchor or link.base in results or pxd.step_of(link.path.name) is not None
+        for link in links
+    )
 
 
 def _links(folder: Path) -> Iterator[Link]:

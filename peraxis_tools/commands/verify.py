@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from click.core import ParameterSource
 
 from peraxis_format import atomic_file
 from peraxis_format.arguments import did_you_mean
-from peraxis_tools.chain.siblings import order_fault
 from peraxis_tools.commands.options import (
     Finite,
     base_revision_option,
@@ -23,7 +21,6 @@ from peraxis_tools.commands.options import (
     texts_by_domain,
     workers_option,
 )
-from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import staged
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.rules import claim_files
@@ -121,8 +118,9 @@ def command(
 ) -> None:
     """Check the structure and the payload of each DELTA, and everything that the options ask for.
 
-    DELTA may be a glob, a URL, or a folder, which means every .pxd in it. With --base, an update that follows others
-    of these files is checked on the state after them.
+    DELTA may be a glob, a URL, or a folder, which means every .pxd in it and in the folders below. With --base, an
+    update that follows others of these files is checked on the state after them. The updates of a chain in a folder
+    must have one order, without a fork or a gap, as for log and apply.
 
     All files are checked and the report is written before the command ends. The exit code is the worst outcome: 1
     failed (damaged, another base, above a bound), else 2 (input or I/O), else 3 (not verifiable here: an unknown
@@ -145,7 +143,7 @@ def command(
     inputs = (*files, base, fine_tuned, *texts.values(), bundle, public_key, *certificate_chain)
     with claim_files([path for _, path in outputs], overwrite=overwrite, inputs=inputs):
         report = verify(
-            files,
+            deltas,
             base=base,
             base_revision=base_revision,
             expect_content_id=expect_content_id,
@@ -165,9 +163,6 @@ def command(
             _write(report, its_kind, path, overwrite=overwrite)
     if output is None:
         _show(report, kind, quiet=quiet)
-    for folder in map(Path, filter(os.path.isdir, deltas)):
-        if (fault := order_fault(folder)) is not None:
-            note(f"{folder} is not one chain, so `log` and `apply` refuse it: {fault}")
     if report.status.exit_status:
         ctx.exit(report.status.exit_status)
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import peraxis
 import peraxis_format as pxd
 from peraxis_tools.cli import cli
+from peraxis_tools.errors import CheckFailedError
 from peraxis_tools.verify_files import Status
 from tests.factories import write_checkpoint
 from tests.tools.test_chain import start, stepped
@@ -129,15 +130,57 @@ def test_only_the_tensors_that_the_chain_changes_are_read_from_the_base(
     assert found == Counter(changed)
 
 
-def test_both_updates_of_a_fork_and_a_chain_after_one_are_verified(folder: Path) -> None:
-    after = [folder / "chain" / "1.pxd"]
-    peraxis.update(folder / "base", folder / "other", folder / "fork.pxd", after=after)
+def forked(folder: Path) -> Path:
+    """Add an update that follows 1.pxd, as 2.pxd does. Returns the folder of the chain."""
+    peraxis.update(folder / "base", folder / "other", folder / "fork.pxd", after=[folder / "chain" / "1.pxd"])
     (folder / "fork.pxd").rename(folder / "chain" / "fork.pxd")
-    peraxis.update(
-        folder / "base", folder / "two", folder / "chain" / "back.pxd", after=[*after, folder / "chain" / "fork.pxd"]
-    )
+    return folder / "chain"
+
+
+def test_both_updates_of_a_fork_and_a_chain_after_one_are_verified(folder: Path) -> None:
+    """The chain after one of them has the result of the other, which so is no fork but a fold."""
+    chain = forked(folder)
+    after = [chain / "1.pxd", chain / "fork.pxd"]
+    peraxis.update(folder / "base", folder / "two", chain / "back.pxd", after=after)
     code, said = verify(folder, "chain", base="base")
     assert (code, said.count("follows 1.pxd"), said.count("follows fork.pxd")) == (0, 2, 1)
+
+
+def test_a_fork_fails_in_each_report_and_names_both_files_and_the_remedy(folder: Path) -> None:
+    chain = forked(folder)
+    reason = rf"{chain / 'fork.pxd'} and {chain / '2.pxd'}: a fork; both follow .*1\.pxd; leave one of them out, or"
+    with pytest.raises(CheckFailedError, match=reason):
+        peraxis.verify(chain)
+    assert peraxis.verify(sorted(chain.iterdir()), base=folder / "base").status is Status.PASSED
+    for options in (["-q"], ["--json"], ["--format", "junit"], ["--format", "sarif"], ["--format", "github"]):
+        found = CliRunner().invoke(cli, ["verify", str(folder), *options])
+        assert found.exit_code == 1
+        assert re.search(r"2\.pxd: a fork; both follow .*leave one of them out", " ".join(found.output.split()))
+
+
+def test_a_chain_without_an_update_in_its_middle_fails_without_a_base_too(five: Path) -> None:
+    assert peraxis.verify(five / "chain").status is Status.PASSED
+    (five / "chain" / "2.pxd").unlink()
+    with pytest.raises(CheckFailedError, match=r"3\.pxd: a gap; update sha256:.* is missing in front of it"):
+        peraxis.verify(five / "chain")
+
+
+def test_variants_of_one_base_side_by_side_are_no_fork_unless_they_have_the_names_of_steps(folder: Path) -> None:
+    chain = folder / "chain"
+    peraxis.update(folder / "base", folder / "two", folder / "variant.pxd")
+    (chain / "2.pxd").unlink()
+    (folder / "variant.pxd").rename(chain / "variant.pxd")
+    assert peraxis.verify(chain, base=folder / "base").status is Status.PASSED
+    (chain / "variant.pxd").rename(chain / "step-1.pxd")
+    with pytest.raises(CheckFailedError, match="a fork; both were made on one state"):
+        peraxis.verify(chain, base=folder / "base")
+
+
+def test_a_folder_with_the_name_of_an_update_is_an_error(folder: Path) -> None:
+    (folder / "chain" / "step-3.pxd").mkdir()
+    code, said = verify(folder, "chain", base="base")
+    assert code == 2
+    assert "step-3.pxd: is a folder with the name of a file; move it away or rename it" in said
 
 
 def test_a_chain_is_verified_on_the_state_in_its_middle_as_far_as_it_follows_from_it(folder: Path) -> None:
@@ -204,7 +247,7 @@ def five(tmp_path: Path) -> Path:
 
 def remedies(folder: Path) -> list[str | None]:
     found = peraxis.verify(folder / "chain", base=folder / "0", keep_going=True)
-    return [verdict.checks[-1].remedy for verdict in found.files]
+    return [verdict.checks[-1].remedy for verdict in found.files if verdict.path.endswith(".pxd")]
 
 
 def test_every_update_after_a_missing_one_says_which_file_needs_it(five: Path) -> None:
