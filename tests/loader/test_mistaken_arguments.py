@@ -95,7 +95,9 @@ def test_a_follower_polls_after_a_pause(every: float, tmp_path: Path) -> None:
 
 def test_a_trainers_callback_refuses_an_unknown_option_before_the_training(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(ArgumentError, match="anchors: not an option; known are anchor_every, dtype, name, prefer"):
+    with pytest.raises(
+        ArgumentError, match="anchors: not an option; known are anchor_every, dtype, name, nonfinite, prefer"
+    ):
         peraxis.PublishUpdates(tmp_path, anchors=3)
     with pytest.raises(ArgumentError, match="folder is a Small; pass a path"):
         peraxis.PublishUpdates(Small())  # type: ignore[arg-type]

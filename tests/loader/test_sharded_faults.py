@@ -73,9 +73,9 @@ def publishing(rank: int, world: int, folder: str) -> None:
         model.become(state(step, torch.float32), mesh)
         for owner, name, error, here in (
             (publish_sharded, "live_tensors", LiveModelError("this rank lost a tensor"), last),
-            (ShardedUpdateWriter, "_published", MemoryError("this rank"), last),
+            (publish_sharded, "published_array", MemoryError("this rank"), last),
             (publish_sharded, "lossless_module" if step else "digest_of", MemoryError("this rank"), last),
-            (ShardedUpdateWriter, "_published", UnpicklableError("this rank", required=1), last),
+            (publish_sharded, "published_array", UnpicklableError("this rank", required=1), last),
             (DeltaWriter, "add", full_disk(), rank == 0),
             (DeltaWriter, "finish", full_disk(), rank == 0),
         ):

@@ -120,6 +120,17 @@ def publishing(rank: int, world: int, folder: str) -> None:
         (path / "late" / "step-00000001.pxd").touch()
     with pytest.raises(FileExistsError, match="another process publishes there"):
         late.step()
+
+    # Only one rank has a weight that is not finite, and all refuse the step: the first one, and a later one.
+    strict = ShardedUpdateWriter(model, path / "strict", nonfinite="refuse")
+    for step in range(2):
+        weights = state(step, torch.float32)
+        weights["up"][-1, -1] = float("nan")
+        model.become(weights, mesh)
+        with pytest.raises(LiveModelError, match=r"up: 1 of \d+ weights to publish are NaN or infinite"):
+            strict.step()
+        model.become(state(step, torch.float32), mesh)
+        assert strict.step().step == step
     distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""The live parameters of a trainer: its arguments are checked, and the tensors are found."""
+"""The live parameters of a trainer: its arguments are checked, and the tensors are found and copied."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from peraxis_format.arguments import check_path, kind_of
+from peraxis_format.dtypes import Array, DType
 from peraxis_format.errors import ArgumentError, LiveModelError
+from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.torch.place.pieces import is_dtensor
 from peraxis_format.torch.place.wrappers import checkpoint_names
 from peraxis_format.urls import is_url
 
-__all__ = ["check_publishing", "live_tensors"]
+__all__ = ["check_publishing", "live_tensors", "published_array", "published_dtype"]
 
 _LOGGER: Final = logging.getLogger("peraxis")
 
@@ -82,3 +85,19 @@ def live_tensors(
     if not live:
         raise LiveModelError("the model has no tensors to publish")
     return live, tied
+
+
+def published_array(tensor: Tensor, dtype: torch.dtype | None) -> Array:
+    """The storage array that is published of a live tensor. dtype: that of float32 tensors; None leaves them."""
+    plain = tensor.detach()
+    if dtype is not None and plain.dtype is torch.float32:
+        plain = plain.to(dtype)
+    # A copy, because a storage array of live CPU memory would change with the parameters.
+    return np.array(storage_array(plain.cpu().contiguous()))
+
+
+def published_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> DType:
+    """The dtype of `published_array`. Raises LiveModelError for one that PXD does not have."""
+    if dtype is not None and tensor.dtype is torch.float32:
+        return dtype_of(torch.empty(0, dtype=dtype), name)
+    return dtype_of(tensor, name)

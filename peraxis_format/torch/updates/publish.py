@@ -29,12 +29,12 @@ from peraxis_format.exact import count_changed, lossless_module
 from peraxis_format.manifest import CHANGED_KEY, Manifest
 from peraxis_format.ops.exact import Prefer, apply
 from peraxis_format.ops.rebuild import reconstruct
-from peraxis_format.ops.tensors import dtype_of, storage_array
 from peraxis_format.reader import DeltaFile
 from peraxis_format.torch.modes import allocates
 from peraxis_format.torch.updates.destination import Destination
+from peraxis_format.torch.updates.finite import FiniteCheck, Nonfinite
 from peraxis_format.torch.updates.listing import UpdateFile
-from peraxis_format.torch.updates.live import check_publishing, live_tensors
+from peraxis_format.torch.updates.live import check_publishing, live_tensors, published_array, published_dtype
 from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.published import Published, Written
 from peraxis_format.torch.updates.source import Way, chain_of
@@ -50,8 +50,9 @@ class UpdateWriter:
 
     model: a module, or a mapping of names to tensors, which is read at each step. dtype: the dtype that float32 tensors
     are published in; None publishes them unchanged. anchor_every: the number of steps between whole states, from which
-    a server can begin, so that older files can be deleted (`prune`). An existing chain in the folder is continued.
-    step_number: the number of the last published state. For DTensors use ShardedUpdateWriter.
+    a server can begin, so that older files can be deleted (`prune`). nonfinite: whether NaN and infinite weights are
+    published with one warning, or make a step an error. An existing chain in the folder is continued. step_number: the
+    number of the last published state. For DTensors use ShardedUpdateWriter.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class UpdateWriter:
         dtype: torch.dtype | None = torch.bfloat16,
         prefer: Prefer = "size",
         anchor_every: int | None = None,
+        nonfinite: Nonfinite = "warn",
     ) -> None:
         """Raises LiveModelError if the folder's chain has other tensors, PxdError if it is damaged, ArgumentError."""
         with self._together():
             check_choice("prefer", prefer, get_args(Prefer))
             check_least("anchor_every", anchor_every, 1)
             check_publishing(model, folder, dtype)
+            self._finite = FiniteCheck(nonfinite)
         self._mirror, self.folder = self._placed(folder)
         self._url = str(folder).rstrip("/") if is_url(folder) else None
         self._to = Destination(self.folder, name=name, mirror=self._mirror)
@@ -119,9 +122,10 @@ class UpdateWriter:
     def step(self) -> Published:
         """Publish the present parameters. The first call in a folder writes an anchor, later ones write updates.
 
-        Raises FileExistsError if another process publishes into the folder, OSError; nothing is published then, unless
-        the folder or store took the file and only then failed, or only the anchor of the step cannot be written: see
-        `step_number`. After an interrupt, and after such a failure, the next step first reads what was published.
+        Raises FileExistsError if another process publishes into the folder, OSError, LiveModelError for tensors that
+        are not those of the chain or that `nonfinite` refuses; nothing is published then, unless the folder or
+        store took the file and only then failed, or only the anchor of the step cannot be written: see `step_number`.
+        After an interrupt, and after such a failure, the next step first reads what was published.
         """
         self._recover()
         try:
@@ -160,23 +164,19 @@ class UpdateWriter:
 
     # --- the live state -------------------------------------------------------------------------------
 
-    def _published(self, tensor: Tensor) -> Array:
-        plain = tensor.detach()
-        if self._dtype is not None and plain.dtype is torch.float32:
-            plain = plain.to(self._dtype)
-        # A copy, because a storage array of live CPU memory would change with the parameters.
-        return np.array(storage_array(plain.cpu().contiguous()))
-
     def _encoded(self, live: Mapping[str, Tensor], moved: list[ModuleDelta]) -> Iterator[tuple[ModuleDelta, int]]:
         """Yield each tensor's module and the number of its changed weights; modules with changes go to `moved` too."""
         for name, tensor in live.items():
             dtype, before = self._snapshot[name]
-            after = self._published(tensor)
+            after = published_array(tensor, self._dtype)
             ref = BaseRef(dtype=dtype, shape=before.shape, sha256=self._digests[name])
             module = lossless_module(name, after, dtype, old=before, base=ref, prefer=self._prefer)
-            if module.encoding is not Encoding.SAME:
-                moved.append(module)
-            yield module, count_changed(before, after) if module.encoding is not Encoding.SAME else 0
+            if module.encoding is Encoding.SAME:
+                yield module, 0
+                continue
+            self._finite.check(name, after, dtype)
+            moved.append(module)
+            yield module, count_changed(before, after)
 
     def _check_continued(self) -> None:
         """Check that the tensors are those of the chain that is continued."""
@@ -189,13 +189,8 @@ class UpdateWriter:
             raise LiveModelError(f"{odd[0]}: was added or removed since {self._place} was begun; use a new folder")
         for name, tensor in live.items():
             dtype, array = self._snapshot[name]
-            if tuple(tensor.shape) != array.shape or self._dtype_of(name, tensor) is not dtype:
+            if tuple(tensor.shape) != array.shape or published_dtype(name, tensor, self._dtype) is not dtype:
                 raise LiveModelError(f"{name}: has another shape or dtype than in {self._place}; use a new folder")
-
-    def _dtype_of(self, name: str, tensor: Tensor) -> DType:
-        if self._dtype is not None and tensor.dtype is torch.float32:
-            return dtype_of(torch.empty(0, dtype=self._dtype), name)
-        return dtype_of(tensor, name)
 
     # --- the published state --------------------------------------------------------------------------
 
@@ -218,7 +213,12 @@ class UpdateWriter:
         return self._to.has(path.name)
 
     def _first(self, live: Mapping[str, Tensor], tied: list[tuple[str, str]]) -> Published:
-        self._snapshot = {name: (self._dtype_of(name, t), self._published(t)) for name, t in live.items()}
+        self._snapshot = {
+            name: (published_dtype(name, tensor, self._dtype), published_array(tensor, self._dtype))
+            for name, tensor in live.items()
+        }
+        for name, (dtype, array) in self._snapshot.items():
+            self._finite.check(name, array, dtype)
         self._digests = {name: digest_of(array) for name, (_, array) in self._snapshot.items()}
         path = self.folder / anchor_name(0)
         return self._done(path, 0, self._anchor(path, tied), tied)

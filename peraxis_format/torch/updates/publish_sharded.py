@@ -29,7 +29,7 @@ from peraxis_format.torch.place.pieces import Layout, flat_indices
 from peraxis_format.torch.place.ranks import KeptError, Ranks, agree, together
 from peraxis_format.torch.place.shards import Box, slices, whole
 from peraxis_format.torch.updates.listing import UpdateFile
-from peraxis_format.torch.updates.live import live_tensors
+from peraxis_format.torch.updates.live import live_tensors, published_array, published_dtype
 from peraxis_format.torch.updates.mirror import Mirror
 from peraxis_format.torch.updates.owned import check_ranks, owned_state
 from peraxis_format.torch.updates.publish import UpdateWriter
@@ -133,7 +133,7 @@ class ShardedUpdateWriter(UpdateWriter):
             live, tied = live_tensors(self._model, in_pieces=True)
             found = {name: local_shard(tensor, whole(tensor.shape), name) for name, tensor in live.items()}
             boxes = {name: shard.box for name, shard in found.items()}
-            dtypes = {name: self._dtype_of(name, tensor) for name, tensor in live.items()}
+            dtypes = {name: published_dtype(name, tensor, self._dtype) for name, tensor in live.items()}
             self._check_same(live, boxes, dtypes)
         if self._head is None:
             shapes = {name: tuple(tensor.shape) for name, tensor in live.items()}
@@ -169,10 +169,11 @@ class ShardedUpdateWriter(UpdateWriter):
         for name, tensor in live.items():
             if not self._speaks_for(name):
                 continue
-            now, before = self._published(tensor).reshape(-1), self._pieces[name].reshape(-1)
+            now, before = published_array(tensor, self._dtype).reshape(-1), self._pieces[name].reshape(-1)
             words = f"<u{now.dtype.itemsize}"
             index = np.flatnonzero(now.view(words) != before.view(words)).astype(np.int64)
             if index.size:
+                self._finite.check(name, now[index], self._dtypes[name])
                 changes[name] = index, now[index]
                 flat = flat_indices(index, self._boxes[name], self._layouts[name].shape)
                 outgoing[owners[name]][name] = flat, now[index]
@@ -220,7 +221,8 @@ class ShardedUpdateWriter(UpdateWriter):
             piece: Array | None = None
             with failure:
                 if self._speaks_for(name):
-                    piece = self._pieces[name] = self._published(tensor)
+                    piece = self._pieces[name] = published_array(tensor, self._dtype)
+                    self._finite.check(name, piece, self._dtypes[name])
             found = self._ranks.gather(None if piece is None else (self._boxes[name], piece), on=owners[name])
             if self._ranks.rank == owners[name]:
                 with failure:

@@ -10,6 +10,7 @@ import torch
 
 from peraxis_format.manifest import Manifest
 from peraxis_format.ops.exact import Prefer
+from peraxis_format.torch.updates.finite import Nonfinite
 
 __all__ = ["Published", "UpdateOptions", "Written"]
 
@@ -46,3 +47,4 @@ class UpdateOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     prefer: Prefer
     anchor_every: int | None
+    nonfinite: Nonfinite
