@@ -241,3 +241,55 @@ def endless(_: object, source: str, target: str, callback: Any) -> None:
     """Stand in for a server whose answer does not end."""
     while True:
         callback.relative_update(4)
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_follower_of_a_url_names_an_update_with_the_name_of_no_step_and_fetches_only_its_header_once(
+    tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://{uuid.uuid4().hex}/run" if scheme == "memory" else f"file://{tmp_path}/run"
+    system, place = fsspec.core.url_to_fs(url)
+    live, server = state(0), empty()
+    writer = UpdateWriter(live, url)
+    publish(writer, live, range(3))
+    system.mv(f"{place}/step-00000002.pxd", f"{place}/hotfix.pxd")
+    system.pipe(f"{place}/notes.pxd", b"no update")
+    fetched: list[str] = []
+    fetch = Mirror._fetch_header
+
+    def counted(self: Mirror, name: str) -> bool:
+        fetched.append(name)
+        return fetch(self, name)
+
+    def no_other(self: Mirror, name: str, *, whole: Any = Mirror._fetch) -> None:
+        assert name not in ("hotfix.pxd", "notes.pxd")
+        whole(self, name)
+
+    monkeypatch.setattr(Mirror, "_fetch_header", counted)
+    monkeypatch.setattr(Mirror, "_fetch", no_other)
+    with follow(server, url) as follower:
+        for _ in range(3):
+            found = follower.poll()
+            assert found.step == 1
+            wanted = (
+                f"{url}/hotfix.pxd: is passed over, because its name is not that of a step; rename it to step-00000002"
+            )
+            assert [reason.partition(".pxd, because it follows")[0] for reason in found.waiting.values()] == [wanted]
+        assert sorted(name for name in fetched if "anchor" not in name) == ["hotfix.pxd", "notes.pxd"]
+        system.mv(f"{place}/hotfix.pxd", f"{place}/step-00000002.pxd")
+        found = follower.poll()
+        assert (found.step, dict(found.waiting)) == (2, {})
+    assert bytes_of(server) == bytes_of(state(2))
+
+
+def test_a_follower_of_a_url_does_not_name_an_update_that_folds_steps_which_it_no_longer_needs(url: str) -> None:
+    live, server = state(0), empty()
+    writer = UpdateWriter(live, url)
+    publish(writer, live, range(3))
+    system = fsspec.filesystem("memory")
+    system.cp_file(url.removeprefix("memory:/") + "/step-00000001.pxd", url.removeprefix("memory:/") + "/fold.pxd")
+    with follow(server, url) as follower:
+        for step in range(3, 6):
+            publish(writer, live, range(step, step + 1))
+            found = follower.poll()
+            assert (found.step, dict(found.waiting)) == (step, {})

@@ -227,14 +227,14 @@ class Follower:
         unreachable: dict[Path, str] = {}
         if self._mirror is not None:
             try:
-                self._mirror.sync(after=self.step)
+                self._mirror.sync(after=self.step, others=True)
             except OSError as error:
                 unreachable[Path(self._mirror.url)] = str(error)
         sharded = in_pieces(self._target, self._shards)
         found: tuple[list[UpdateFile], dict[Path, str]] = [], {}
         with together(self._group, sharded=sharded):
             if not sharded or Ranks(self._group).rank == 0:
-                found = list_updates(self.folder, self._files)
+                found = list_updates(self.folder, self._files, url=None if self._mirror is None else self._mirror.url)
         files, problems = Ranks(self._group).broadcast(found, rank=0) if sharded else found
         return files, problems | unreachable
 

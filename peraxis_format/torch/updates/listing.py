@@ -101,21 +101,21 @@ def missing_folder(folder: Path) -> str | None:
 
 
 def list_updates(
-    folder: Path, known: dict[Path, UpdateFile | OtherFile] | None = None
+    folder: Path, known: dict[Path, UpdateFile | OtherFile] | None = None, *, url: str | None = None
 ) -> tuple[list[UpdateFile], dict[Path, str]]:
     """The updates and anchors of a folder in the order of their steps, and the reasons why files are not among them:
     they cannot be read, or they have the name of no step or of another one. A folder that does not exist or cannot be
     read has a reason too.
 
     known: a cache of the files that were read; it is updated, so that a file is opened once, and again if it was
-    replaced.
+    replaced. url: the URL, if the folder has only the needed files of one.
     """
     files, others, problems = listed(folder, {} if known is None else known)
     if (reason := missing_folder(folder)) is not None:
         problems[folder] = f"{reason}; {AWAITED}"
     misnamed = misnamed_anchors(files)
     files = [file for file in files if file.path not in misnamed]
-    reasons = ((other.path, _reason_for(other, files)) for other in others)
+    reasons = ((other.path, _reason_for(other, files, url)) for other in others)
     return files, problems | misnamed | {path: reason for path, reason in reasons if reason is not None}
 
 
@@ -171,14 +171,18 @@ def misnamed_anchors(files: Sequence[UpdateFile]) -> dict[Path, str]:
     return misnamed
 
 
-def _reason_for(other: OtherFile, files: Sequence[UpdateFile]) -> str | None:
-    """The reason why an update is passed over; None if steps lead to its result, like those that it folds."""
+def _reason_for(other: OtherFile, files: Sequence[UpdateFile], url: str | None) -> str | None:
+    """The reason why an update is passed over; None if steps lead to its result, like those that it folds, or if that
+    is not known because they are at a URL alone.
+    """
     before = [file for file in files if file.content_id == other.previous]
     before = before or [file for file in files if file.result == other.base]
     at = before[-1].step if before else None
     if any(file.result == other.result for file in files if at is None or file.step > at):
         return None
-    told = f"{other.path}: is passed over, because its name is not that of a step"
+    if at is None and url is not None:
+        return None
+    told = f"{url or other.path.parent}/{other.path.name}: is passed over, because its name is not that of a step"
     if at is None:
         return f"{told}; rename it to step-<n>.pxd, by the step after the one that it follows"
     name = step_name(at + 1)

@@ -2,7 +2,8 @@
 
 Only files that a follower or a trainer still needs are fetched, one by one and each atomically: the newest anchor if it
 has to begin with one, the updates after its state, and the last file. They are sent the same way. Of the last file,
-only the header is fetched if it is an anchor that the follower does not need: the rest is a hole in the local file.
+only the header is fetched if it is an anchor that the follower does not need: the rest is a hole in the local file. So
+are updates whose name is that of no step, which a follower passes over and reports.
 
 A file is fetched again if the store lists another size, time or tag for it. Some stores list none, and a transfer may
 be faulty, so a file that cannot be used (`doubt`) is also fetched again: at the next sync, then after 2, 4 ... 64 more.
@@ -29,6 +30,7 @@ __all__ = ["PREFIX", "Mirror"]
 PREFIX: Final = "peraxis-chain-"  # of temporary folders
 _PARTIAL: Final = ".part"
 _LONGEST_PAUSE: Final = 64  # syncs between two fetches of a faulty file
+_OTHERS: Final = 16  # headers of files with the name of no step that one sync fetches at most
 # Entries of a listing that change with the file.
 _STAMPS: Final = frozenset(
     {
@@ -68,16 +70,17 @@ class Mirror:
         self.fetches: dict[str, int] = {}  # of the files that are here: the number of the fetch
         self.headers: dict[str, int] = {}  # of the files that are here by their header alone: its bytes
         self._stamps: dict[str, _Stamp] = {}
+        self._others: dict[str, _Stamp] = {}  # files with the name of no step whose header was fetched
         self._doubted: dict[str, tuple[int, int]] = {}  # name -> syncs until the next fetch, and the pause after it
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.close = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def names(self) -> list[str]:
         """The file names of the updates and anchors at the URL. Raises OSError."""
-        return sorted(self._listed())
+        return sorted(name for name in self._listed() if step_of(name) is not None)
 
     def _listed(self) -> dict[str, _Stamp]:
-        """The updates and anchors at the URL; none if there is no such folder. Raises OSError if this is not known."""
+        """The .pxd files at the URL; none if there is no such folder. Raises OSError if this is not known."""
         with self._errors():
             self._system.invalidate_cache()
             try:
@@ -87,11 +90,14 @@ class Mirror:
             own = self._path.strip("/")
             files = [entry for entry in found if entry["type"] != "directory" and entry["name"].strip("/") != own]
             stamps = {entry["name"].rpartition("/")[2]: _stamp(entry) for entry in files}
-        return {name: stamp for name, stamp in stamps.items() if step_of(name) is not None}
+        return {name: stamp for name, stamp in stamps.items() if name.endswith(".pxd")}
 
-    def sync(self, *, after: int | None) -> None:
-        """Fetch the updates after step `after`; None: begin with the newest anchor."""
-        stamps = self._listed()
+    def sync(self, *, after: int | None, others: bool = False) -> None:
+        """Fetch the updates after step `after`; None: begin with the newest anchor. others: also the headers of files
+        with the name of no step.
+        """
+        listed = self._listed()
+        stamps = {name: stamp for name, stamp in listed.items() if step_of(name) is not None}
         found = {name: step_of(name) for name in stamps}
         anchors = {step: name for name, (step, anchor) in _known(found) if anchor}
         steps = {step: name for name, (step, anchor) in _known(found) if not anchor}
@@ -110,7 +116,9 @@ class Mirror:
         unneeded = {name for name in last if behind and name in anchors.values()}
         wanted += last
         whole = [name for name in wanted if name in unneeded or name not in self.headers]
-        self._keep(name for name in whole if self._stamps.get(name) == stamps[name] and not self._is_due(name))
+        kept = [name for name in whole if self._stamps.get(name) == stamps[name] and not self._is_due(name)]
+        self._others = {name: stamp for name, stamp in self._others.items() if listed.get(name) == stamp}
+        self._keep([*kept, *self._others])
         for name in wanted:
             if not (self.folder / name).exists():
                 self.headers.pop(name, None)
@@ -121,6 +129,11 @@ class Mirror:
         for known in (self._stamps, self.fetches, self._doubted, self.headers):
             for name in known.keys() - set(wanted):
                 del known[name]
+        new = [name for name in listed if others and name not in stamps and name not in self._others]
+        for name in new[:_OTHERS]:
+            with contextlib.suppress(OSError):  # it may be gone, and the next sync tries again
+                self._fetch_header(name)
+                self._others[name] = listed[name]
 
     def doubt(self, names: Iterable[str]) -> None:
         """Fetch these files again later, because they cannot be used."""

@@ -57,12 +57,12 @@ class SharedMirror:
         self.close = weakref.finalize(self, _remove, mine, self.first)
         return Path() if folder is None else folder
 
-    def sync(self, *, after: int | None) -> None:
+    def sync(self, *, after: int | None, others: bool = False) -> None:
         """Fetch the updates after step `after`, see Mirror. Raises OSError, on all ranks."""
         names: dict[str, int] = {}
         with together(self._ranks.group):
             if self.first is not None:
-                self.first.sync(after=after)
+                self.first.sync(after=after, others=others)
                 names = dict(self.first.fetches)
         if len(self._writers) > 1:
             self._send(self._ranks.broadcast(names, rank=0))
