@@ -59,12 +59,13 @@ def kl_within(
 ) -> str:
     """Check that KL(fine-tuned || merged) is at most `bound` nats per token on every text. Returns the largest as text.
 
-    Raises CheckFailedError if one is larger, ToolError, PxdError, CheckpointError.
+    Raises CheckFailedError with the domain of the largest if it is larger, ToolError, PxdError, CheckpointError.
     """
     from peraxis_tools.evaluate import worst_kl
 
     with progress("kl", None):
-        found = worst_kl(base, fine_tuned, delta, texts)
-    if not found <= bound:
-        raise CheckFailedError(f"KL {found:.4g} nats per token is above {bound:g}")
-    return f"KL {found:.4g} nats per token, at most {bound:g}"
+        domain, kl = worst_kl(base, fine_tuned, delta, texts)
+    found = f"KL {kl:.4g} nats per token on {domain}"
+    if not kl <= bound:
+        raise CheckFailedError(f"{found} is above {bound:g}")
+    return f"{found}, at most {bound:g}"

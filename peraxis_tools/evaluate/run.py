@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import peraxis_format as pxd
 from peraxis_tools.arguments import check_choice, check_least, check_paths, check_texts_by_domain, refuse_idle, sequence
-from peraxis_tools.checkpoints.checkpoint import refuse_swapped
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint, refuse_swapped
 from peraxis_tools.checkpoints.positions import DEFAULT_LENGTH
 from peraxis_tools.deltas.predecessor import predecessor_named
 from peraxis_tools.display.notes import note
 from peraxis_tools.display.progress import Staged, StagedProgress, watched_stages
 from peraxis_tools.errors import ToolError
+from peraxis_tools.evaluate.origin import other_fine_tune
 from peraxis_tools.evaluate.tasks import run_tasks
 from peraxis_tools.evaluate.types import (
     CANDIDATES,
@@ -129,6 +130,8 @@ def evaluate(
             fine_tuned_revision=fine_tuned_revision,
         )
         tokenizer, sampled = _sampled_texts(texts, fine_tuned, options, revision=fine_tuned_revision)
+        with open_checkpoint(fine_tuned, revision=fine_tuned_revision) as checkpoint:
+            other = other_fine_tune(file.manifest, checkpoint)
         with fast_products():
             found = _compare_all(models, tokenizer, sampled, options, step)
         results = _run_tasks(models, tokenizer, options) if options.tasks else ()
@@ -139,6 +142,7 @@ def evaluate(
             delta=str(delta),
             content_id=file.content_id,
             bytes=file.size,
+            other_fine_tune=other,
             domains=tuple(_domain(name, text, found[name], calibration) for name, text in sampled.items()),
             tasks=results,
         )
@@ -200,15 +204,15 @@ def _run_tasks(models: _Models, tokenizer: Any, options: _Options) -> tuple[Task
 
 def worst_kl(
     base: str | Path, fine_tuned: str | Path, delta: str | Path, texts: Mapping[str, str | Path], **options: Any
-) -> float:
-    """The largest KL of the merged model over the texts, in nats per token, for a bound (--max-kl).
+) -> tuple[str, float]:
+    """The domain with the largest KL of the merged model, and this KL in nats per token, for a bound (--max-kl).
 
     options: those of `evaluate`, except candidates and tasks.
     """
-    found = evaluate(base, fine_tuned, delta, texts, candidates=("merged",), **options).worst_kl
+    found = evaluate(base, fine_tuned, delta, texts, candidates=("merged",), **options).worst
     if found is None:
         raise ToolError("a bound on KL needs a text to measure it on")
-    return found
+    return found.domain, found.candidates["merged"].kl
 
 
 class _Models:

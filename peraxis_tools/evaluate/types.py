@@ -134,17 +134,26 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
-    """The result of `evaluate`: fidelity by domain, and tasks."""
+    """The result of `evaluate`: fidelity by domain, and tasks.
+
+    other_fine_tune: why the checkpoint is not the one that the delta was made from, or may not be; None otherwise.
+    """
 
     base: str
     fine_tuned: str
     delta: str
     content_id: str
     bytes: int
+    other_fine_tune: str | None
     domains: tuple[DomainResult, ...]
     tasks: tuple[TaskResult, ...]
 
     @property
-    def worst_kl(self) -> float | None:
-        """The largest KL of the merged model over all texts; None without texts."""
-        return max((domain.candidates["merged"].kl for domain in self.domains), default=None)
+    def worst(self) -> DomainResult | None:
+        """The text with the largest KL of the merged model, NaN before all; None without texts."""
+        return max(self.domains, key=_merged_kl, default=None)
+
+
+def _merged_kl(domain: DomainResult) -> tuple[bool, float]:
+    kl = domain.candidates["merged"].kl
+    return math.isnan(kl), kl

@@ -24,6 +24,8 @@ def render_evaluate(result: EvaluateResult, console: Console) -> None:
     """Print a table for each text with a line for each candidate, then the tasks."""
     console.print(f"[bold]{text(result.delta)}[/]  {size(result.bytes)}  {text(result.content_id)}")
     console.print(f"against {text(result.fine_tuned)}, base {text(result.base)}")
+    if result.other_fine_tune is not None:
+        console.print(f"[yellow]{text(result.fine_tuned)} {text(result.other_fine_tune)}[/]")
     for domain in result.domains:
         console.print(_domain_title(domain))
         console.print(_domain_table(domain))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +18,14 @@ import torch
 from click.testing import CliRunner
 
 import peraxis_format as pxd
+from peraxis_tools.checkpoints.checkpoint import open_checkpoint
 from peraxis_tools.cli import cli
 from peraxis_tools.compress import compress
 from peraxis_tools.errors import ToolError
 from peraxis_tools.evaluate import EvaluateResult, Fidelity, evaluate, recovered_fraction, worst_kl
 from peraxis_tools.evaluate.fidelity import compare
 from peraxis_tools.evaluate.models import load_merged, load_on_the_fly
+from peraxis_tools.evaluate.origin import other_fine_tune
 from tests.tools.compress_pairs import llama_config, write_pair, write_text
 
 VOCABULARY = 11
@@ -194,6 +198,45 @@ def test_what_is_merged_is_rounded_and_what_is_on_the_fly_is_not(folder: Path) -
     assert not torch.equal(merged.get_parameter(name), weight)
 
 
+def test_another_fine_tune_than_that_of_the_delta_is_said_in_the_report_and_in_json(folder: Path) -> None:
+    assert run(folder).other_fine_tune is None
+    words = ["eval", *(str(folder / name) for name in ("base", "base", "one.pxd"))]
+    words += [
+        "--text",
+        f"held={folder / 'held-out.jsonl'}",
+        "--samples",
+        "2",
+        "--sequence-length",
+        "32",
+        "--no-on-the-fly",
+    ]
+    said = CliRunner().invoke(cli, words)
+    line = f"{folder / 'base'} is not the checkpoint that this delta was made from: "
+    assert line in " ".join(said.stdout.split())
+    found = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)["other_fine_tune"]
+    assert found.startswith("is not the checkpoint that this delta was made from: ")
+    assert found.endswith(" differs")
+
+
+def test_the_name_of_a_fine_tune_counts_where_no_exact_tensor_has_changed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "tuned", tmp_path / "copied")
+    with (
+        pxd.open(folder / "one.pxd") as delta,
+        open_checkpoint(folder / "tuned") as tuned,
+        open_checkpoint(tmp_path / "copied") as copied,
+    ):
+        signs = tuple(module for module in delta.manifest.modules if module.encoding is pxd.Encoding.SIGN)
+        assert len(signs) < len(delta.manifest.modules)
+        only_signs = dataclasses.replace(delta.manifest, modules=signs)
+        assert other_fine_tune(delta.manifest, copied) is None
+        assert other_fine_tune(only_signs, tuned) is None
+        assert other_fine_tune(only_signs, copied) == (
+            "may not be the checkpoint that this delta was made from, which was named tuned"
+        )
+        of_hub = dataclasses.replace(only_signs, fine_tuned=pxd.Identity(id="org/copied"))
+        assert other_fine_tune(of_hub, copied) is None
+
+
 def test_a_text_that_the_fit_saw_is_called_so(folder: Path) -> None:
     texts = {"train": folder / "train.jsonl", "held": folder / "held-out.jsonl"}
     seen = {domain.domain: domain.seen for domain in run(folder, "fitted.pxd", texts=texts).domains}
@@ -209,7 +252,17 @@ def test_the_bound_on_kl_is_the_worst_text_merged(folder: Path) -> None:
     bound = worst_kl(
         folder / "base", folder / "tuned", folder / "one.pxd", texts, samples=8, sequence_length=32, device="cpu"
     )
-    assert bound == max(domain.candidates["merged"].kl for domain in found.domains)
+    kl = {domain.domain: domain.candidates["merged"].kl for domain in found.domains}
+    assert bound == max(kl.items(), key=lambda item: item[1])
+
+
+def test_a_kl_that_is_no_number_is_the_worst(folder: Path) -> None:
+    found = run(folder, texts={"train": folder / "train.jsonl", "held": folder / "held-out.jsonl"})
+    for odd in found.domains:
+        fidelity = dataclasses.replace(odd.candidates["merged"], kl=math.nan)
+        lost = dataclasses.replace(odd, candidates={**odd.candidates, "merged": fidelity})
+        domains = tuple(lost if domain is odd else domain for domain in found.domains)
+        assert dataclasses.replace(found, domains=domains).worst is lost
 
 
 def test_a_base_of_another_vocabulary_is_left_out(folder: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_the_kl_check_of_verify_is_a_stage(folder: Path, monkeypatch: pytest.Mon
         stages.append((description, total is None))
         yield lambda _: None
 
-    monkeypatch.setattr(evaluation, "worst_kl", lambda *_: 0.0)
+    monkeypatch.setattr(evaluation, "worst_kl", lambda *_: ("chat", 0.0))
     (folder / "chat.jsonl").touch()
     wanted = Wanted(base=folder / "base", fine_tuned="tuned", max_kl=1.0, texts={"chat": str(folder / "chat.jsonl")})
 

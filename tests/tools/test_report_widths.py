@@ -35,7 +35,14 @@ def evaluated(kl: float, kl_error: float, top1: float, loss: float) -> EvaluateR
         seen=False,
     )
     return EvaluateResult(
-        base="base", fine_tuned="tuned", delta="d.pxd", content_id="sha256:0", bytes=1, domains=(domain,), tasks=()
+        base="base",
+        fine_tuned="tuned",
+        delta="d.pxd",
+        content_id="sha256:0",
+        bytes=1,
+        other_fine_tune=None,
+        domains=(domain,),
+        tasks=(),
     )
 
 

@@ -118,14 +118,14 @@ def test_bounds_on_the_kl_are_held_against_the_evaluation(pair, tmp_path: Path, 
     monkeypatch.chdir(tmp_path)
     Path("chat.jsonl").touch()
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr(evaluation, "worst_kl", lambda *arguments: seen.append(arguments) or 0.25)
+    monkeypatch.setattr(evaluation, "worst_kl", lambda *arguments: seen.append(arguments) or ("chat", 0.25))
     arguments = (good, "--base", base, "--fine-tuned", "tuned", "--text", "chat=chat.jsonl")
     assert run(*arguments, "--max-kl", "0.3")[0] == 0
     code, shown = run(*arguments, "--max-kl", "0.2")
     assert code == 1
-    assert "KL 0.25 nats per token is above 0.2" in shown
+    assert "KL 0.25 nats per token on chat is above 0.2" in shown
     assert seen[0] == (str(base), "tuned", good, {"chat": "chat.jsonl"})
-    monkeypatch.setattr(evaluation, "worst_kl", lambda *_: float("nan"))
+    monkeypatch.setattr(evaluation, "worst_kl", lambda *_: ("chat", float("nan")))
     assert run(*arguments, "--max-kl", "0.3")[0] == 1
     result = CliRunner().invoke(command, [str(good), "--max-kl", "0.3", "--fine-tuned", "tuned"])
     assert "--text" in str(result.exception)
