@@ -9,6 +9,7 @@ from glob import has_magic
 from pathlib import Path
 
 import peraxis_format as pxd
+from peraxis_format.hub import hub_name
 from peraxis_format.urls import is_url
 from peraxis_tools.chain.order import Link, beside_chain, link_from
 from peraxis_tools.deltas.parts import JOIN_PARTS, is_part
@@ -16,7 +17,7 @@ from peraxis_tools.display.progress import ProgressOf, silent
 from peraxis_tools.errors import ToolError
 from peraxis_tools.outputs.remote_output import refuse_replaced_url
 from peraxis_tools.remote.files import deltas_of, local_copy
-from peraxis_tools.remote.urls import without_secrets
+from peraxis_tools.remote.urls import local_path, without_secrets
 
 __all__ = ["local_updates"]
 
@@ -29,15 +30,17 @@ def local_updates(
 
     Files that replace others (anchors and folded updates) are left out. output: the output's URL, which must not be the
     URL of an input. Paths are compared in outputs/rules.py. Copies of remote files are removed at the end. Raises
-    ToolError for a folder of other files, CheckpointError.
+    ToolError for a folder of other files, and for a file that is given twice; CheckpointError.
     """
     with contextlib.ExitStack() as stack:
         found: list[tuple[str | Path, Path]] = []
         links: list[Link] = []
+        given: set[str] = set()
         for source in sources:
             _refuse_pattern(source)
             names = deltas_of(source)
             for name in names:
+                _refuse_twice(name, given)
                 path = stack.enter_context(local_copy(name, progress=progress))
                 found.append((name, path))
                 if len(names) > 1:  # a file that is no update is refused before the next one is fetched
@@ -49,6 +52,15 @@ def local_updates(
         if output is not None:
             refuse_replaced_url(output, [name for name, _ in used])
         yield [path for _, path in used]
+
+
+def _refuse_twice(name: str | Path, given: set[str]) -> None:
+    """Raise ToolError for a file that is given already, else add it: by its path without links, or its URL."""
+    here = local_path(name) if hub_name(name) is None else None
+    own = str(name) if here is None else os.path.realpath(here)
+    if own in given:
+        raise ToolError(f"{without_secrets(str(name))}: is given twice; pass it once, as a file or in its folder")
+    given.add(own)
 
 
 def _refuse_pattern(source: str | Path) -> None:

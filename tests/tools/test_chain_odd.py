@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import peraxis
 import peraxis_format as pxd
+from peraxis_tools.cli import cli
 from peraxis_tools.errors import CheckFailedError, ToolError
 from peraxis_tools.verify_files import Status
 from tests.factories import random_storage, write_checkpoint
@@ -197,3 +199,29 @@ def test_of_checkpoints_of_two_models_update_names_the_old_and_the_new_one(share
         assert "(the old checkpoint has old.weight; the new checkpoint has new.weight)" in said
     assert "base" not in said
     assert "fine-tune" not in said
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("1.pxd", "1.pxd"), ("1.pxd", "2.pxd", "./1.pxd"), (".", "."), (".", "2.pxd"), ("0.pxd", "0.pxd"), ("0.pxd", ".")],
+)
+def test_a_file_that_is_given_twice_is_a_mistake_of_usage_and_named(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """0.pxd is an anchor, of which equal ones are left out of a chain."""
+    state, live = start(), tmp_path / "run"
+    for step in range(3):
+        write_checkpoint(tmp_path / f"{step}", state)
+        state = stepped(state, step, wild=0)
+    anchor = peraxis.UpdateWriter({"a": torch.ones(3)}, live).step()
+    (tmp_path / "chain").mkdir()
+    if "0.pxd" in names:
+        Path(anchor.path).rename(tmp_path / "chain" / "0.pxd")
+    else:
+        for step in (1, 2):
+            after = sorted((tmp_path / "chain").iterdir())
+            peraxis.update(tmp_path / "0", tmp_path / f"{step}", tmp_path / "chain" / f"{step}.pxd", after=after)
+    files = [str(tmp_path / "chain" / name) for name in names]
+    for words in (["compact", "--base", str(tmp_path / "0"), *files], ["apply", str(tmp_path / "0"), *files]):
+        found = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / "out.pxd")])
+        assert isinstance(found.exception, ToolError)
+        assert found.exception.exit_status == 2
+        assert ".pxd: is given twice; pass it once" in str(found.exception)
