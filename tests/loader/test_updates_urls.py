@@ -293,3 +293,21 @@ def test_a_follower_of_a_url_does_not_name_an_update_that_folds_steps_which_it_n
             publish(writer, live, range(step, step + 1))
             found = follower.poll()
             assert (found.step, dict(found.waiting)) == (step, {})
+
+
+def test_the_end_of_with_removes_the_local_files_of_a_trainer_and_of_a_server(url: str) -> None:
+    live, server = state(0), empty()
+    with UpdateWriter(live, url) as writer, follow(server, url) as follower:
+        publish(writer, live, range(2))
+        assert follower.poll().step == 1
+        folders = [writer.folder, follower.folder]
+        assert all(folder.is_dir() for folder in folders)
+    assert not any(folder.exists() for folder in folders)
+    assert there(url) == ["anchor-00000000.pxd", "step-00000001.pxd"]
+
+
+def test_an_error_within_with_is_raised_and_a_trainer_in_a_folder_may_be_used_after_it(tmp_path: Path) -> None:
+    live = state(0)
+    with pytest.raises(ZeroDivisionError), UpdateWriter(live, tmp_path) as writer:
+        raise ZeroDivisionError
+    assert writer.step().step == 0

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final, Self, get_args
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ class UpdateWriter:
             self._finite = FiniteCheck(nonfinite)
         self._mirror, self.folder = self._placed(folder)
         self._url = str(folder).rstrip("/") if is_url(folder) else None
+        self._place: Path | str = self._url or self.folder
         self._to = Destination(self.folder, name=name, mirror=self._mirror)
         self.step_number = 0
         self._model = model
@@ -92,11 +93,6 @@ class UpdateWriter:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} to {self._place}: step {self.step_number}>"
-
-    @property
-    def _place(self) -> Path | str:
-        """The folder or the URL of the chain."""
-        return self._url or self.folder
 
     def _shown(self, path: Path) -> Path | str:
         """The place of a file of the chain: its path or URL."""
@@ -158,9 +154,15 @@ class UpdateWriter:
         return self._to.prune(anchors)
 
     def close(self) -> None:
-        """Remove the local files of a chain at a URL."""
+        """Remove the local files of a chain at a URL; the end of `with` does so too."""
         if self._mirror is not None:
             self._mirror.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # --- the live state -------------------------------------------------------------------------------
 
