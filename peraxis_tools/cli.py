@@ -32,6 +32,7 @@ with interrupts_end():
     from peraxis_tools.display.notes import LOGGER
     from peraxis_tools.display.option_names import on_the_command_line
     from peraxis_tools.errors import OptionError, ToolError, error_line
+    from peraxis_tools.given_once import refusing_repeated
     from peraxis_tools.process.command_line import (
         Terminated,
         drop_output,
@@ -85,7 +86,7 @@ class _LazyGroup(click.Group):
         with interrupts_end():
             module = importlib.import_module(f"peraxis_tools.commands.{cmd_name}")
         command: click.Command = module.command
-        return completing_files(command)
+        return refusing_repeated(completing_files(command))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 import peraxis
 import peraxis_format as pxd
 from peraxis_tools.chain import update
-from peraxis_tools.cli import cli, main
+from peraxis_tools.cli import VERBS, cli, main
 from peraxis_tools.compress import CompressOptions
 from peraxis_tools.display.sizes import parse_size
 from peraxis_tools.errors import ToolError
@@ -37,6 +38,25 @@ def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         return int(str(caught.value.code)), capsys.readouterr().err
 
     return run
+
+
+def test_an_option_with_one_value_is_given_once_to_every_verb(shown: Shown) -> None:
+    """No verb begins its work, and repeatable options, flags and the help stay as they are."""
+    tried = 0
+    for verb in VERBS:
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        for option in command.params:
+            if not isinstance(option, click.Option) or option.multiple or option.is_flag or option.name == "help":
+                continue
+            tried += 1
+            code, error = shown(f"{verb} {option.opts[-1]}=1 {option.opts[0]}=2")
+            wanted = f"error: {option.opts[0]} is given twice; it takes one value (see `peraxis-tools {verb} --help`)\n"
+            assert (code, error) == (2, wanted)
+    assert tried > 80
+    assert shown("verify a.pxd -q -q --quiet")[0] == 0
+    assert shown("verify a.pxd --report json=1 --report junit=2")[0] == 0
+    assert shown("apply -o x -o y --help")[0] == 0
 
 
 @pytest.mark.parametrize(
