@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import signal
 import sys
@@ -17,13 +18,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final, TypeAlias
 
-from peraxis_tools.process.interrupts import end_at_once, raise_interrupt, received
+from peraxis_tools.process.interrupts import deaf, end_at_once, raise_interrupt, received
 
 __all__ = ["Terminated", "drop_output", "drop_signals", "interrupt_behind", "prepared_process", "told_on_interrupt"]
 
 # Signals that ask a process to end. Each is raised as Terminated, so that open contexts clean up.
 _ENDING: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _CLEANUP_SECONDS: Final = 10.0  # after which a process that a signal was to end has not noticed it
+_AGAIN_SECONDS: Final = 0.05  # after which a signal whose exception was lost is sent again
 _terminated_at: list[float] = []  # the time of the last such signal
 _Handler: TypeAlias = Callable[[int, FrameType | None], None]
 
@@ -108,14 +110,18 @@ def prepared_process() -> Iterator[None]:
     received.clear()
     for number in before:
         signal.signal(number, raise_interrupt if number == signal.SIGINT else _terminate)
+    hook, sys.unraisablehook = sys.unraisablehook, _repeat_lost
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    if deaf:
+        return
     _replace_handlers(_drop_for_a_while, instead_of=(raise_interrupt, _terminate))  # do not interrupt the cleanup
     received.append(number)
     _terminated_at[:] = [time.monotonic()]
@@ -123,10 +129,36 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _drop_for_a_while(number: int, frame: FrameType | None) -> None:
-    # Python discards an exception that is raised within `__del__`, and the process goes on. Then a later signal counts.
-    if time.monotonic() - _terminated_at[0] >= _CLEANUP_SECONDS:
+    # A library may catch every exception, and the process goes on. Then a later signal counts.
+    if not deaf and time.monotonic() - _terminated_at[0] >= _CLEANUP_SECONDS:
         _terminated_at[:] = [time.monotonic()]
         raise Terminated(number)
+
+
+def _repeat_lost(lost: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose exception Python discards: one that came within a callback of ctypes, as numba has
+    while it compiles, or within `__del__`. Other exceptions that are lost are reported as usual.
+    """
+    if not received or lost.exc_type not in (KeyboardInterrupt, Terminated):
+        sys.__unraisablehook__(lost)
+        return
+    deaf.append(True)
+    try:
+        if lost.exc_type is Terminated:
+            _terminated_at[:] = [-math.inf]  # the next one counts
+        again = threading.Timer(_AGAIN_SECONDS, _send, [received[-1]])
+        again.daemon = True
+        again.start()
+    finally:
+        deaf.clear()
+
+
+def _send(number: int) -> None:
+    """Send a signal to the main thread as soon as it can raise one, unless it has ended its work."""
+    while deaf:
+        time.sleep(_AGAIN_SECONDS)
+    if sys.unraisablehook is _repeat_lost:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def drop_signals() -> None:

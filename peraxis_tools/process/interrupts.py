@@ -8,11 +8,13 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # compiled into Python; the rest of `signal` needs many modules
 import os
 
-__all__ = ["INTERRUPTED", "end_at_once", "finished", "interrupts_end", "raise_interrupt", "received"]
+__all__ = ["INTERRUPTED", "deaf", "end_at_once", "finished", "interrupts_end", "raise_interrupt", "received"]
 
 INTERRUPTED = 130
 # The signals that asked this process to end, so that an error that one of them led to is told from others.
 received: list[int] = []
+# Not empty while an exception would be lost; the signal is sent again afterwards.
+deaf: list[bool] = []
 # The exit status of a process whose work is done; empty before.
 finished: list[int] = []
 
@@ -20,7 +22,8 @@ finished: list[int] = []
 def raise_interrupt(number: int, frame: object) -> None:
     """The handler of SIGINT while a verb runs."""
     received.append(number)
-    raise KeyboardInterrupt
+    if not deaf:
+        raise KeyboardInterrupt
 
 
 class interrupts_end:  # noqa: N801  a context manager, used like contextlib.suppress

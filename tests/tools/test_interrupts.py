@@ -49,7 +49,7 @@ def test_the_command_line_handles_signals_before_its_other_imports() -> None:
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-@pytest.mark.parametrize(
+ENDS = pytest.mark.parametrize(
     ("number", "status", "said"),
     [
         (signal.SIGINT, 130, "error: interrupted\n"),
@@ -57,6 +57,51 @@ def test_the_command_line_handles_signals_before_its_other_imports() -> None:
         (signal.SIGHUP, 129, "error: ended by SIGHUP\n"),
     ],
 )
+
+
+@ENDS
+@pytest.mark.parametrize(
+    "losing",
+    [
+        "ctypes.CFUNCTYPE(None)(end)()",
+        "type('Lost', (), {'__del__': lambda self: end()})()",
+        "for _ in range(3): ctypes.CFUNCTYPE(None)(end)()",
+    ],
+    ids=["ctypes", "del", "often"],
+)
+def test_a_signal_whose_exception_python_discards_ends_the_run_in_one_line(
+    number: signal.Signals, status: int, said: str, losing: str
+) -> None:
+    """numba compiles within callbacks of ctypes."""
+    program = (
+        "import ctypes, os, time\n"
+        "from peraxis_tools import cli\n"
+        f"def end(): os.kill(os.getpid(), {int(number)})\n"
+        "def verb():\n"
+        f"    {losing}\n"
+        "    for _ in range(3000): time.sleep(0.01)\n"
+        "cli._run_verb = verb\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT, timeout=25
+    )
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_another_exception_that_python_discards_is_reported_as_usual() -> None:
+    program = (
+        "from peraxis_tools import cli\n"
+        "cli._run_verb = lambda: type('Lost', (), {'__del__': lambda self: 1 / 0})() and None\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0
+    assert "Exception ignored" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+@ENDS
 @pytest.mark.parametrize(
     "wrapping",
     [
