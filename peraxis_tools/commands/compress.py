@@ -72,8 +72,8 @@ class _Compress(click.Command):
 )
 @click.option(
     "--calibration", metavar="TEXT[:WEIGHT]", multiple=True,
-    help="A text: c4, a datasets id, or a json, jsonl, txt, csv (each also .gz) or parquet file. Repeat it for more "
-    "texts; a weight like :0.5 is the share of the samples that a text gives.  [default weight: 1]",
+    help="A text: c4, a datasets id (org/name), or a json, jsonl, txt, csv (each also .gz) or parquet file. Repeat it "
+    "for more texts; a weight like :0.5 is the share of the samples that a text gives.  [default weight: 1]",
 )  # fmt: skip
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), help="A set of options. Single options override it.")
 @click.option(

@@ -35,7 +35,8 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[
 @click.argument("delta", metavar="DELTA")
 @click.option(
     "--text", "texts", metavar="[DOMAIN=]TEXT", multiple=True, callback=texts_by_domain,
-    help="A held-out text: c4, a datasets id, or a json, jsonl, txt, csv (each also .gz) or parquet file. Repeatable.",
+    help="A held-out text: c4, a datasets id (org/name), or a json, jsonl, txt, csv (each also .gz) or parquet file. "
+    "Repeatable.",
 )  # fmt: skip
 @click.option(
     "--samples", default=50, show_default=True, type=click.IntRange(min=1), help="The number of samples of each text."

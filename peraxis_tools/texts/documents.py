@@ -71,7 +71,8 @@ def check_text(source: str) -> None:
     if source == "c4":
         return
     if not path.exists():
-        if names_a_file(source.partition(":")[0]):
+        name = source.partition(":")[0]
+        if names_a_file(name) or "/" not in name:  # a mistyped file is not looked up on a network
             raise OptionError(f"text {source}: no such file, and not a datasets id (org/name or org/name:config)")
     elif text_suffix(path) not in _LOADERS or path.name.endswith(".parquet.gz"):
         raise OptionError(f"text {source}: not one of {', '.join(_LOADERS)} (or .gz of them, but not of parquet)")
