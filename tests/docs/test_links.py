@@ -29,6 +29,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in map(slug, headings), f"{page.name}: {target}"
 
 
+def test_pages_show_one_content_id_of_the_delta_of_the_session_in_the_readme() -> None:
+    """`make demo` writes it; other pages show the same file."""
+    shown = [
+        found
+        for page in (ROOT / "README.md", ROOT / "docs" / "ci.md")
+        for found in re.findall(r"verified  delta\.pxd\n  (sha256:[0-9a-f]{64})", page.read_text("utf-8"))
+    ]
+    assert len(shown) == 2
+    assert len(set(shown)) == 1
+
+
 def test_every_decision_is_in_the_index() -> None:
     folder = ROOT / "docs" / "decisions"
     index = (folder / "README.md").read_text("utf-8")
