@@ -69,7 +69,7 @@ def call(name: str, /, **given: Any) -> Any:
     function = functions()[name]
     needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     placeholders: dict[str, Any] = {p: "no" for p in needed if p not in ("options", "kwargs")}
-    placeholders |= {"weights": [1.0], "to": "lora", "texts": {"a": "no"}, "parts": 2, "variants": {}}
+    placeholders |= {"weights": [1.0], "to": "lora", "texts": {"a": "org/no"}, "parts": 2, "variants": {}}
     return function(**{key: value for key, value in placeholders.items() if key in needed} | given)
 
 

@@ -70,8 +70,8 @@ class UpdateWriter:
         with self._together():
             check_choice("prefer", prefer, get_args(Prefer))
             check_least("anchor_every", anchor_every, 1)
-            check_publishing(model, folder, dtype)
             self._finite = FiniteCheck(nonfinite)
+            check_publishing(model, folder, dtype)
         self._mirror, self.folder = self._placed(folder)
         self._url = str(folder).rstrip("/") if is_url(folder) else None
         self._place: Path | str = self._url or self.folder
