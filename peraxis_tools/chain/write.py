@@ -24,6 +24,7 @@ from peraxis_tools.checkpoints.assets import changed_groups
 from peraxis_tools.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from peraxis_tools.checkpoints.completeness import note_no_configuration, refuse_foreign
 from peraxis_tools.checkpoints.kinds import execution_key
+from peraxis_tools.compress.plan.finite import count_not_finite
 from peraxis_tools.compress.plan.pairing import OF_UPDATE, check_pair, tied_pairs
 from peraxis_tools.deltas.blocks import count_blocks
 from peraxis_tools.deltas.module_counts import count_encodings
@@ -203,9 +204,25 @@ class UpdateJob:
     unbound: frozenset[str] = frozenset()
 
 
-def _module(job: UpdateJob, name: str) -> tuple[pxd.ModuleDelta, int]:
-    """A tensor for the writer, and the number of its elements that differ."""
-    array, (dtype, shape) = job.new.read(name), (job.new[name].dtype, job.new[name].shape)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """A tensor for the writer. Numbers of its elements: changed since the old state; bad, NaN or infinite."""
+
+    module: pxd.ModuleDelta
+    changed: int
+    bad: int
+
+
+def _written(job: UpdateJob, name: str) -> _Written:
+    array, dtype = job.new.read(name), job.new[name].dtype
+    module, changed = _module(job, name, array)
+    bad = 0 if module.encoding is pxd.Encoding.SAME else count_not_finite(array, dtype)
+    return _Written(module=module, changed=changed, bad=bad)
+
+
+def _module(job: UpdateJob, name: str, array: pxd.Array) -> tuple[pxd.ModuleDelta, int]:
+    """A tensor for the writer, and the number of its elements that differ. array: its new elements."""
+    dtype, shape = job.new[name].dtype, job.new[name].shape
     if name not in job.old or name in job.unbound:
         return pxd.lossless_module(name, array, dtype, shape=shape), math.prod(shape)
     before, info = job.old.read(name), job.old[name]
@@ -225,7 +242,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
     tied = tied_pairs(job.new)
     aliases = {alias for _, alias in tied}
     names = sorted((name for name in job.new if name not in aliases), key=execution_key)
-    changed, blocks = 0, Counter[str]()
+    changed, blocks, bad = 0, Counter[str](), Counter[str]()
     with pxd.DeltaWriter(
         job.output,
         base=job.ids[0],
@@ -234,16 +251,17 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         chained=True,
         overwrite=job.overwrite,
     ) as writer:
-        for module, moved in ordered_map(
-            lambda name: _module(job, name),
+        for written in ordered_map(
+            lambda name: _written(job, name),
             names,
             cost=lambda name: _BYTES_IN_FLIGHT_PER_TENSOR * job.new[name].size,
             budget=_AHEAD_BYTES,
         ):
-            writer.add(module)
-            blocks += count_blocks(module)
-            changed += moved
-            step(job.new[module.name].size)
+            writer.add(written.module)
+            blocks += count_blocks(written.module)
+            changed += written.changed
+            bad[written.module.name] += written.bad
+            step(job.new[written.module.name].size)
         # The head of a tied model, which a trainer lists as an alias and transformers never saves, is dropped too: the
         # result is the new checkpoint, tensor by tensor. Whether the model still ties it, only its configuration says,
         # so an alias that is kept might be wrong. A live model that ties it takes the update as it is.
@@ -255,6 +273,7 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
             for state in (job.old, job.new):
                 state.check_unchanged()
             manifest = writer.finish()
+    _note_not_finite(job, +bad)
     return UpdateResult(
         path=job.output,
         content_id=manifest.content_id,
@@ -269,6 +288,17 @@ def write_update(job: UpdateJob, step: Steps) -> UpdateResult:
         blocks=dict(blocks),
         prefer=job.prefer,
     )
+
+
+def _note_not_finite(job: UpdateJob, bad: Counter[str]) -> None:
+    """Say that weights are NaN or infinite. bad: their numbers by tensor."""
+    if bad:
+        name, count = next(iter(bad.items()))
+        others = f", and {len(bad) - 1} other tensors have some" if len(bad) > 1 else ""
+        note(
+            f"{without_secrets(str(job.name))}: {name} has NaN or infinite weights ({count}){others}; their bits are "
+            "kept, and servers of this state will have them"
+        )
 
 
 def _prove(job: UpdateJob, writer: pxd.DeltaWriter) -> None:

@@ -269,3 +269,16 @@ def test_the_verbs_speak_of_chains(chain: tuple[list[Path], list[Tensors]], tmp_
     done = run.invoke(cli, ["apply", str(tmp_path / "state-0"), *map(str, chain[0]), "-o", str(tmp_path / "o"), "-q"])
     assert done.exit_code == 0, done.output
     assert_holds(tmp_path / "o", chain[1][4])
+
+
+@pytest.mark.parametrize(("bits", "count"), [(0x7FC0, 1), (0xFF80, 1), (0x7F7F, 0)])  # NaN, -infinity, the largest
+def test_an_update_says_that_weights_are_not_finite(
+    bits: int, count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, (old, new) = "model.embed_tokens.weight", (start(), start())
+    new[name][0].reshape(-1).view(np.uint16)[7] = bits
+    write_checkpoint(tmp_path / "old", old)
+    write_checkpoint(tmp_path / "new", new)
+    update(tmp_path / "old", tmp_path / "new", tmp_path / "step-1.pxd")
+    told = [message for message in caplog.messages if f"{name} has NaN or infinite weights (1)" in message]
+    assert len(told) == count

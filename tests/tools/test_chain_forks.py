@@ -181,7 +181,7 @@ def test_an_update_written_twice_is_noted_as_such_though_it_names_no_predecessor
     chain = folder / "chain"
     peraxis.update(folder / "base", folder / "two", chain / "2.pxd", after=chain)
     if followed:
-        write_checkpoint(folder / "three", stepped(start(), 3))
+        write_checkpoint(folder / "three", stepped(start(), 3, wild=0))
         peraxis.update(folder / "two", folder / "three", chain / "3.pxd")
     assert not caplog.messages
     peraxis.update(folder / "one", folder / "two", chain / "again.pxd")

@@ -1,4 +1,4 @@
-"""Find weights that are NaN, infinite or absurdly large before the work begins; name tensor, index and count.
+"""Find weights that are NaN, infinite or absurdly large; name tensor, index and count.
 
 A fit squares differences of weights in float32, so weights above 2^40, which no model has, are refused like infinity.
 """
@@ -18,7 +18,7 @@ from peraxis_tools.compress.plan.unchanged import is_unchanged
 from peraxis_tools.display.progress import Staged
 from peraxis_tools.errors import ToolError
 
-__all__ = ["check_finite", "check_pair_finite"]
+__all__ = ["check_finite", "check_pair_finite", "count_not_finite"]
 
 # The exponent bits, all of which are set in infinity and NaN, and those of 2^40, which F16 does not reach.
 _EXPONENTS: Final = {
@@ -62,6 +62,14 @@ def check_finite(module: PlannedModule, base: Array, fine_tuned: Array, base_lab
         "values are not finite, or above 2^40); repair or fetch the checkpoint again, or keep its bits with exact "
         f"(--exact {shlex.quote(re.escape(module.name))}; join several names with |)"
     )
+
+
+def count_not_finite(array: Array, dtype: DType) -> int:
+    """The number of elements that are NaN or infinite; 0 for dtypes other than F32, F16 and BF16."""
+    if dtype not in _EXPONENTS:
+        return 0
+    kind, exponent, _ = _EXPONENTS[dtype]
+    return sum(int(((block.view(kind) & kind(exponent)) == kind(exponent)).sum()) for block in _blocks(array))
 
 
 def _blocks(array: Array) -> Iterable[Array]:
