@@ -37,11 +37,14 @@ __all__ = [
     "drop_packed",
     "is_eager",
     "is_one_host",
+    "is_v2_runner",
     "keep_unpacked",
     "planned_scheduler",
     "register_engine",
     "register_loader",
     "replace_scheduler",
+    "samples_in_shards",
+    "speculates",
     "tensor_group",
     "worker_class",
 ]
@@ -152,6 +155,21 @@ def is_eager(config: Any) -> bool:
 def caches_prefixes(config: Any) -> bool:
     """Whether a VllmConfig keeps keys and values of prompts for later requests."""
     return bool(config.cache_config.enable_prefix_caching)
+
+
+def is_v2_runner(config: Any) -> bool:
+    """Whether a VllmConfig runs Model Runner V2 and not V1."""
+    return bool(config.use_v2_model_runner)
+
+
+def speculates(config: Any) -> bool:
+    """Whether a VllmConfig proposes tokens and checks them, so that a request has several rows of logits."""
+    return config.speculative_config is not None
+
+
+def samples_in_shards(config: Any) -> bool:
+    """Whether a VllmConfig sorts the rows of logits by the rank that samples them."""
+    return bool(config.parallel_config.enable_batch_sharded_sampling)
 
 
 def is_one_host(config: Any) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -26,6 +26,7 @@ from peraxis_format.engines.vllm.layers import LayerState, RankVariant, wrap_lay
 from peraxis_format.engines.vllm.loader import assets_checked
 from peraxis_format.engines.vllm.names import adapter_not_found, caches_prefixes, is_eager, tensor_group, worker_class
 from peraxis_format.engines.vllm.permitted import Permitted
+from peraxis_format.engines.vllm.runners import RunnerHooks
 from peraxis_format.engines.vllm.scheduler import ends_failed, marked
 from peraxis_format.engines.vllm.source import NAME_RULE, quoted, shown
 from peraxis_format.engines.vllm.variants import VariantStore
@@ -174,12 +175,13 @@ class PeraxisWorker(_WORKER):  # type: ignore[misc]
         load = self.vllm_config.load_config
         if load.load_format == "auto":
             load.load_format = "peraxis"
-        runner = self.model_runner
-        for name in ("load_lora_model", "_get_prompt_logprobs_dict", "input_batch"):
-            if not hasattr(runner, name):
-                raise LiveModelError(f"{type(runner).__name__} of this vLLM has no {name}; use vLLM 0.32")
-        runner.load_lora_model = MethodType(_load_variants, runner)
-        runner._get_prompt_logprobs_dict = _PromptLogprobs(runner, runner._get_prompt_logprobs_dict)
+        self._hooks = RunnerHooks(self.model_runner, self.vllm_config)
+        self._hooks.manage(partial(VariantManager, requests_of=self._hooks.requests_of))
+
+    def load_model(self, **options: Any) -> None:
+        """Load the model, and let lm_head know the rows of prompts."""
+        super().load_model(**options)
+        self._hooks.watch_prompts()
 
     def add_lora(self, lora_request: Any) -> bool:
         """Load a variant on all ranks or on none. On failure only the last rank raises, because vLLM 0.32 reads replies
@@ -221,27 +223,3 @@ def _shared(failure: Exception | None) -> Exception | None:
         except LiveModelError as error:
             return failure or error
     return failure
-
-
-def _load_variants(runner: Any, model: nn.Module, vllm_config: Any, device: torch.device) -> nn.Module:
-    def requests_of(number: int) -> Iterable[str]:
-        found: Iterable[str] = runner.input_batch.lora_id_to_request_ids.get(number, ())
-        return found
-
-    runner.lora_manager = VariantManager(model, vllm_config, device, requests_of=requests_of)
-    return model
-
-
-class _PromptLogprobs:
-    """Replaces the model runner's method, so that lm_head can identify the rows of its input."""
-
-    def __init__(self, runner: Any, plain: Callable[..., Any]) -> None:
-        self._runner = runner
-        self._plain = plain
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        manager = getattr(self._runner, "lora_manager", None)
-        if manager is None:
-            return self._plain(hidden_states, *args, **kwargs)
-        with manager.logits_of(hidden_states):
-            return self._plain(hidden_states, *args, **kwargs)
