@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["PROMPTS", "run_jobs"]
@@ -73,17 +74,19 @@ def make_engine(model: str, **options: Any) -> Any:
 def generate(llm: Any, *, variants: Sequence[str | None] = (), paths: dict[str, str] | None = None) -> Any:
     """Return [tokens, log-probabilities with the prompt's] of each prompt. variants: one per prompt, in one batch."""
     from vllm import SamplingParams, TokensPrompt
-    from vllm.lora.request import LoRARequest
 
-    names = sorted(paths or {})
-    chosen = list(variants) or [None] * len(PROMPTS)
-    requests = [
-        None if name is None else LoRARequest(name, names.index(name) + 1, (paths or {})[name]) for name in chosen
-    ]
+    requests = _requests(variants, paths or {})
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1, prompt_logprobs=1)
     prompts = [TokensPrompt(prompt_token_ids=tokens) for tokens in PROMPTS]
     outputs = llm.generate(prompts, params, use_tqdm=False, **({"lora_request": requests} if any(requests) else {}))
     return [_output(output) for output in outputs]
+
+
+def _requests(variants: Sequence[str | None], paths: dict[str, str]) -> list[Any]:
+    from vllm.lora.request import LoRARequest
+
+    names = sorted(paths)
+    return [None if name is None else LoRARequest(name, names.index(name) + 1, paths[name]) for name in variants]
 
 
 def _from_cache(llm: Any) -> list[int]:
@@ -205,6 +208,47 @@ def job_variants(
     }
 
 
+def job_failing(
+    *,
+    model: str,
+    paths: dict[str, str],
+    batches: Sequence[Sequence[str | None]],
+    fails: str,
+    last: Sequence[str | None],
+    **options: Any,
+) -> Any:
+    """Run an engine whose batches evict a variant at the end, and `last` while its file is truncated, and repaired.
+
+    Returns the module of the model runner, the outputs of the batches, counters, and the ends of the last ones.
+    """
+    llm = make_engine(model, worker_cls=WORKER, enable_lora=True, **options)
+    (runner,) = llm.collective_rpc(_runner)
+    found = [generate(llm, variants=names, paths=paths) for names in batches]
+    (store,) = llm.collective_rpc(_store)
+    good = Path(paths[fails]).read_bytes()
+    ends = []
+    for data in (good[: len(good) // 2], good):
+        Path(paths[fails]).write_bytes(data)
+        ends.append(_ends(llm, last, paths))
+    return {"runner": runner, "batches": found, "store": store, "failed": ends[0], "repaired": ends[1]}
+
+
+def _runner(worker: Any) -> str:
+    """Return the module of the model runner's class, or of the GPU's, from which the CPU's is derived."""
+    names = [kind.__module__ for kind in type(worker.model_runner).__mro__ if kind.__name__ == "GPUModelRunner"]
+    return names[0]
+
+
+def _ends(llm: Any, variants: Sequence[str | None], paths: dict[str, str]) -> Any:
+    """Return [finish reason, tokens] of each prompt. variants: one per prompt, in one batch."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    prompts = [TokensPrompt(prompt_token_ids=tokens) for tokens in PROMPTS]
+    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=_requests(variants, paths))
+    return [[output.outputs[0].finish_reason, list(output.outputs[0].token_ids)] for output in outputs]
+
+
 def _few_files(llm: Any, most: int) -> int:
     """Let the engine keep this many files of variants. Returns the number of descriptors of the process."""
 
@@ -236,8 +280,19 @@ def _function(name: str) -> Any:
     return getattr(import_module(module), function) if function else globals()[f"job_{name}"]
 
 
+def _interpret_triton() -> None:
+    """Let vLLM for CPUs find a Triton: its interpreter. Model Runner V2 needs one."""
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+    import_module("vllm.triton_utils")
+    del backends["cpu"]  # torch's compiler would use it
+
+
 def main(path: str) -> int:
     """Run each job in a fork. Returns the exit code."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _interpret_triton()
     import vllm
 
     del vllm

@@ -67,9 +67,9 @@ def _method(owner: Any, name: str) -> Any:
 def _refuse_other_rows(vllm_config: Any) -> None:
     """V2 tells a LoRA manager of one row of logits for each request, in the order of the requests."""
     if speculates(vllm_config):
-        raise LiveModelError("variants in one batch and speculative decoding: set VLLM_USE_V2_MODEL_RUNNER=0")
+        raise LiveModelError("variants in one batch with speculative decoding need VLLM_USE_V2_MODEL_RUNNER=0")
     if samples_in_shards(vllm_config):
-        raise LiveModelError("variants in one batch: omit --enable-batch-sharded-sampling")
+        raise LiveModelError("variants in one batch do not support --enable-batch-sharded-sampling; omit it")
 
 
 class _PromptLogprobs:
