@@ -1,6 +1,7 @@
 """Whether a checkpoint is the fine-tune that a delta was made from; another one has a KL of its own.
 
-The manifest names the fine-tune, and has the digests of those of its tensors that are stored exactly.
+The manifest names the fine-tune, and has the digests of those of its tensors that are stored exactly. A tensor that is
+stored as `same` is that of the fine-tune in an update alone: a small target leaves changed tensors as in the base.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ def other_fine_tune(manifest: pxd.Manifest, checkpoint: Checkpoint) -> str | Non
     Raises OSError.
     """
     tensors, left, decided = checkpoint.tensors, _MOST, False
-    known = [(module, digest) for module in manifest.modules if (digest := _known_digest(module)) is not None]
+    exact = manifest.result is not None
+    known = [
+        (module, digest) for module in manifest.modules if (digest := _known_digest(module, exact=exact)) is not None
+    ]
     for module, digest in sorted(known, key=lambda each: each[0].dtype.size_of(each[0].shape)):
         if module.name not in tensors:
             continue
@@ -40,9 +44,11 @@ def other_fine_tune(manifest: pxd.Manifest, checkpoint: Checkpoint) -> str | Non
     return f"may not be {_MADE_FROM}, which was named {made_from.id}"
 
 
-def _known_digest(module: pxd.ModuleEntry) -> str | None:
-    """The hex digest of the fine-tune's tensor, if the manifest has it."""
-    if module.encoding is pxd.Encoding.SAME and module.base is not None:
+def _known_digest(module: pxd.ModuleEntry, *, exact: bool) -> str | None:
+    """The hex digest of the fine-tune's tensor, if the manifest has it. exact: whether it is that of an update."""
+    if module.encoding is pxd.Encoding.SAME:
+        if not exact or module.base is None:
+            return None
         unchanged = (module.base.dtype, module.base.shape) == (module.dtype, module.shape)
         return module.base.sha256 if unchanged else None
     return module.sha256 if module.encoding is pxd.Encoding.FULL else module.result

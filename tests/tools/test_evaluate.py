@@ -237,6 +237,23 @@ def test_the_name_of_a_fine_tune_counts_where_no_exact_tensor_has_changed(folder
         assert other_fine_tune(of_hub, copied) is None
 
 
+def test_a_tensor_that_is_left_as_in_the_base_is_no_sign_of_another_fine_tune(folder: Path) -> None:
+    """A small target leaves changed tensors at the base. In an update, `same` says that nothing has changed."""
+    with pxd.open(folder / "one.pxd") as delta, open_checkpoint(folder / "tuned") as tuned:
+        left = tuple(
+            dataclasses.replace(module, encoding=pxd.Encoding.SAME, components=(), sha256=None)
+            if module.encoding is pxd.Encoding.SIGN
+            else module
+            for module in delta.manifest.modules
+        )
+        assert left != delta.manifest.modules
+        small = dataclasses.replace(delta.manifest, modules=left)
+        assert other_fine_tune(small, tuned) is None
+        told = other_fine_tune(dataclasses.replace(small, result="0" * 64), tuned)
+        assert told is not None
+        assert told.endswith(" differs")
+
+
 def test_a_text_that_the_fit_saw_is_called_so(folder: Path) -> None:
     texts = {"train": folder / "train.jsonl", "held": folder / "held-out.jsonl"}
     seen = {domain.domain: domain.seen for domain in run(folder, "fitted.pxd", texts=texts).domains}
