@@ -309,19 +309,26 @@ def test_submodules_with_the_names_of_wrappers_are_published_under_their_own(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT reads it
-@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("kind", ["lora", "prompt", "checkpointed"])
 def test_the_model_of_an_adapter_is_published_under_the_names_of_its_checkpoint(tmp_path: Path, kind: str) -> None:
-    """An adapter of prompts has the model itself where one of LoRA has a tuner."""
+    """An adapter of prompts has the model itself where one of LoRA has a tuner. Activation checkpointing leaves its own
+    word out of a state dict, and what it wraps may be a wrapper too.
+    """
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     from tests.tools.compress_pairs import llama_config
 
     model = transformers.AutoModelForCausalLM.from_config(llama_config())
     names = {name for name, _ in model.named_parameters()}
+    if kind == "checkpointed":
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        for layer in model.model.layers:
+            layer.self_attn = checkpoint_wrapper(layer.self_attn)
     config = (
-        peft.LoraConfig(r=2, target_modules=["q_proj"])
-        if kind == "lora"
-        else peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        if kind == "prompt"
+        else peft.LoraConfig(r=2, target_modules=["q_proj"])
     )
     path = UpdateWriter(peft.get_peft_model(model, config), tmp_path).step().path
     with pxd.open(path) as delta:

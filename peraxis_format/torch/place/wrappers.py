@@ -50,12 +50,20 @@ def _through_wrappers(model: nn.Module, name: str) -> str:
     outermost = True
     words = name.split(".")
     for word in words[:-1]:
+        owner = _holder(owner, word)
         through = word in _ALWAYS or (owner is not None and _wraps(owner, word, outermost=outermost))
         outermost = outermost and through
         if not through:
             kept.append(word)
         owner = None if owner is None else owner._modules.get(word)
     return ".".join([*kept, words[-1]])
+
+
+def _holder(owner: nn.Module | None, word: str) -> nn.Module | None:
+    """The module that has a submodule of this name, also inside activation checkpointing: a state dict omits that."""
+    while owner is not None and word not in owner._modules:
+        owner = next((owner._modules[always] for always in _ALWAYS if always in owner._modules), None)
+    return owner
 
 
 def _wraps(owner: nn.Module, word: str, *, outermost: bool) -> bool:
