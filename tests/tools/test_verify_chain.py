@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import peraxis
@@ -174,6 +175,20 @@ def test_variants_of_one_base_side_by_side_are_no_fork_unless_they_have_the_name
     (chain / "variant.pxd").rename(chain / "step-1.pxd")
     with pytest.raises(CheckFailedError, match="a fork; both were made on one state"):
         peraxis.verify(chain, base=folder / "base")
+
+
+def test_whole_states_and_an_update_that_changes_nothing_are_no_chain_beside_variants(folder: Path) -> None:
+    (folder / "releases").mkdir()
+    for name, new in (("a", "one"), ("b", "two"), ("same", "base")):
+        peraxis.update(folder / "base", folder / new, folder / f"{name}.pxd")
+        (folder / f"{name}.pxd").rename(folder / "releases" / f"{name}.pxd")
+    assert peraxis.verify(folder / "releases", base=folder / "base").status is Status.PASSED
+    (folder / "whole").mkdir()
+    for name in ("a", "b"):
+        state = {"weight": torch.full((4,), float(ord(name)))}
+        anchor = peraxis.UpdateWriter(state, folder / f"run-{name}").step().path
+        Path(anchor).rename(folder / "whole" / f"{name}.pxd")
+    assert peraxis.verify(folder / "whole").status is Status.PASSED
 
 
 def test_a_folder_with_the_name_of_an_update_is_an_error(folder: Path) -> None:
