@@ -55,9 +55,12 @@ def local_updates(
 
 
 def _refuse_twice(name: str | Path, given: set[str]) -> None:
-    """Raise ToolError for a file that is given already, else add it: by its path without links, or its URL."""
+    """Raise ToolError for a file that is given already, else add it: by its name in its folder, or its URL.
+
+    A link to another file is a file of its own, as in a folder with a link to its first anchor.
+    """
     here = local_path(name) if hub_name(name) is None else None
-    own = str(name) if here is None else os.path.realpath(here)
+    own = str(name) if here is None else os.path.join(os.path.realpath(here.parent), here.name)
     if own in given:
         raise ToolError(f"{without_secrets(str(name))}: is given twice; pass it once, as a file or in its folder")
     given.add(own)

@@ -225,3 +225,18 @@ def test_a_file_that_is_given_twice_is_a_mistake_of_usage_and_named(tmp_path: Pa
         assert isinstance(found.exception, ToolError)
         assert found.exception.exit_status == 2
         assert ".pxd: is given twice; pass it once" in str(found.exception)
+
+
+def test_a_link_beside_the_file_that_it_leads_to_is_not_a_file_given_twice(tmp_path: Path) -> None:
+    live, run = {"a": torch.ones(300)}, tmp_path / "run"
+    writer = peraxis.UpdateWriter(live, run)
+    for step in range(3):
+        writer.step()
+        live["a"][step] += 1.0
+    write_checkpoint(tmp_path / "base", {"a": (np.zeros(300, np.uint16), pxd.DType.BF16)})
+    (run / "first.pxd").symlink_to("anchor-00000000.pxd")
+    for name, given in (("folder", [run]), ("files", sorted(run.iterdir()))):
+        peraxis.apply(tmp_path / "base", given, tmp_path / name)
+    (run / "latest.pxd").symlink_to("step-00000002.pxd")
+    with pytest.raises(CheckFailedError, match=r"is the same update as .*latest\.pxd; delete one of them"):
+        peraxis.apply(tmp_path / "base", run, tmp_path / "out")
