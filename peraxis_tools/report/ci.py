@@ -82,7 +82,8 @@ _HELP: Final = {
     "content id": "Fetch the file that the pinned content ID names, or pin the new one if the change is meant.",
     "signature": "Fetch file and bundle again, and check that the key is the publisher's.",
     "base": "Pass the base checkpoint that `inspect` names, in the same revision.",
-    "chain": "Leave out one of the files that the message names, or write it again with `update --after`.",
+    "chain": "Add the update that is missing; of two that the message names, leave one out or write it again with "
+    "`update --after`.",
     "error": "Compress again with more masks, or raise the bound.",
     "kl": "Compress again with a calibration text or more masks, or raise the bound.",
 }

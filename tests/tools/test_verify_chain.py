@@ -164,6 +164,8 @@ def test_a_chain_without_an_update_in_its_middle_fails_without_a_base_too(five: 
     (five / "chain" / "2.pxd").unlink()
     with pytest.raises(CheckFailedError, match=r"3\.pxd: a gap; update sha256:.* is missing in front of it"):
         peraxis.verify(five / "chain")
+    found = CliRunner().invoke(cli, ["verify", str(five / "chain"), "--format", "sarif"])
+    assert '"text": "Add the update that is missing; ' in found.output
 
 
 def test_variants_of_one_base_side_by_side_are_no_fork_unless_they_have_the_names_of_steps(folder: Path) -> None:
