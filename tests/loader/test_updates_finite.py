@@ -32,6 +32,19 @@ def test_a_weight_that_is_not_finite_is_published_with_one_warning_that_names_it
     assert follow(live, tmp_path).poll().step == 3
 
 
+def test_each_tensor_is_named_once_and_of_many_only_some(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = {f"t{i}": torch.zeros(3) for i in range(9)}
+    model["t5"][0] = -float("inf")  # on purpose, from the start
+    writer = UpdateWriter(model, tmp_path, dtype=None)
+    for step in range(3):
+        writer.step()
+        for i in range(9):
+            model[f"t{i}"] += float("nan") if step == 1 else 1.0
+    writer.step()
+    told = [message.partition(":")[0] for message in caplog.messages if "NaN or infinite" in message]
+    assert told == ["t5", "t0", "t1", "t2"]
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_a_step_that_is_refused_publishes_nothing_and_the_next_one_goes_on(tmp_path: Path, odd: float) -> None:
     model, live = trainer(), server()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peraxis_format.errors import LiveModelError
-from peraxis_format.torch.updates import UpdateWriter, follow
+from peraxis_format.torch.updates import UpdateWriter, follow, mirror
 from peraxis_format.torch.updates.mirror import Mirror
 from tests.loader.support import bytes_of
 
@@ -311,3 +311,25 @@ def test_an_error_within_with_is_raised_and_a_trainer_in_a_folder_may_be_used_af
     with pytest.raises(ZeroDivisionError), UpdateWriter(live, tmp_path) as writer:
         raise ZeroDivisionError
     assert writer.step().step == 0
+
+
+def test_a_misnamed_update_is_named_though_the_store_failed_once_while_its_header_was_read(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, server = state(0), empty()
+    writer = UpdateWriter(live, url)
+    publish(writer, live, range(3))
+    place = url.removeprefix("memory:/")
+    fsspec.filesystem("memory").mv(f"{place}/step-00000002.pxd", f"{place}/hotfix.pxd")
+    read, broken = mirror.head_of, [True]
+
+    def failing(system: Any, target: str) -> bytes:
+        if broken and target.endswith("hotfix.pxd"):
+            broken.pop()
+            raise RuntimeError("the store is away")
+        return read(system, target)
+
+    monkeypatch.setattr(mirror, "head_of", failing)
+    with follow(server, url) as follower:
+        assert not follower.poll().waiting
+        assert [path.name for path in follower.poll().waiting] == ["hotfix.pxd"]

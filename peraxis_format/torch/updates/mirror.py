@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 
 from peraxis_format.chain_names import step_of
 from peraxis_format.create_remote import create_remote, head_of, is_replaced, start_of
-from peraxis_format.errors import LiveModelError, first_line
+from peraxis_format.errors import LiveModelError, PxdError, first_line
 from peraxis_format.header import read_header
 from peraxis_format.urls import http_options
 
@@ -122,7 +122,7 @@ class Mirror:
         for name in wanted:
             if not (self.folder / name).exists():
                 self.headers.pop(name, None)
-                if name not in unneeded or not self._fetch_header(name):
+                if name not in unneeded or not self._has_header(name):
                     self._fetch(name)
                 self._stamps[name] = stamps[name]
                 self.fetches[name] = self.fetches.get(name, 0) + 1
@@ -182,18 +182,28 @@ class Mirror:
             self._download(f"{self._path}/{name}", partial)
             partial.rename(self.folder / name)
 
+    def _has_header(self, name: str) -> bool:
+        """As _fetch_header, but an error of the store comes again when the whole file is fetched."""
+        try:
+            return self._fetch_header(name)
+        except OSError:
+            return False
+
     def _fetch_header(self, name: str) -> bool:
-        """Fetch the header of a file, and leave a hole for its data. Whether it has one that can be read."""
+        """Fetch the header of a file, and leave a hole for its data. Whether it has one that can be read.
+
+        Raises OSError for an error of the store.
+        """
         partial = self.folder / f".{name}{_PARTIAL}"
         path = f"{self._path}/{name}"
         with self._errors():
             size = self._system.info(path).get("size")
             if size is None:
                 return False
+            start = head_of(self._system, path)
             try:
-                start = head_of(self._system, path)
                 read_header(lambda offset, count: start[offset : offset + count], size)
-            except Exception:  # an error of the store comes again when the whole file is fetched
+            except PxdError:
                 return False
             with open(partial, "wb") as file:
                 file.write(start)

@@ -51,7 +51,7 @@ class UpdateWriter:
     model: a module, or a mapping of names to tensors, which is read at each step. dtype: the dtype that float32 tensors
     are published in; None publishes them unchanged. anchor_every: the number of steps between whole states, from which
     a server can begin, so that older files can be deleted (`prune`). nonfinite: whether NaN and infinite weights are
-    published with one warning, or make a step an error. An existing chain in the folder is continued. step_number: the
+    published with warnings, or make a step an error. An existing chain in the folder is continued. step_number: the
     number of the last published state. For DTensors use ShardedUpdateWriter.
     """
 
