@@ -48,8 +48,8 @@ class FiniteCheck:
             raise LiveModelError(f"{found}; nothing is published (nonfinite='refuse')")
         self._told.add(name)
         _LOGGER.warning(
-            "%s, and servers will serve them; nonfinite='refuse' makes such a step an error. This is said once for each "
-            "tensor, and for %d tensors at most",
+            "%s, and servers will serve them; nonfinite='refuse' makes such a step an error. This is said once for "
+            "each tensor, and for %d tensors at most",
             found,
             _MOST,
         )
