@@ -122,8 +122,8 @@ def own_turn(output: Path) -> Iterator[None]:
 class OrderFault:
     """The reason why the updates of a folder are not one chain.
 
-    certain: whether they are meant as one: a file follows another, names the one before it, or has the name of a step
-    or an anchor. Otherwise they may be variants of one state, or whole states, side by side.
+    certain: whether they are meant as one: a file names the one before it, or has the name of a step or an anchor.
+    Otherwise they may be releases side by side: variants of one state, updates of variants, or whole states.
     """
 
     reason: str
@@ -145,10 +145,7 @@ def order_fault(folder: Path) -> OrderFault | None:
 
 
 def _is_chain(links: Sequence[Link]) -> bool:
-    results = {link.result for link in links if link.result != link.base}  # an update may change nothing
-    return any(
-        link.previous is not None or link.base in results or pxd.step_of(link.path.name) is not None for link in links
-    )
+    return any(link.previous is not None or pxd.step_of(link.path.name) is not None for link in links)
 
 
 def _links(folder: Path) -> Iterator[Link]:

@@ -329,3 +329,12 @@ def publish(folder: Path, count: int) -> None:
     for step in range(1, count + 1):
         after = sorted((folder / "chain").iterdir())
         peraxis.update(folder / "0", folder / f"{step}", folder / "chain" / f"{step}.pxd", after=after)
+
+
+def test_releases_and_a_patch_of_one_lie_side_by_side(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "releases").mkdir()
+    for old, new in (("base", "one"), ("one", "two"), ("base", "other")):
+        peraxis.update(folder / old, folder / new, folder / f"{new}.pxd")
+        (folder / f"{new}.pxd").rename(folder / "releases" / f"{new}.pxd")
+    assert peraxis.verify(folder / "releases").status is Status.PASSED
+    assert any("is not one chain" in message and "a fork" in message for message in caplog.messages)
