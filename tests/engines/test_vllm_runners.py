@@ -55,3 +55,18 @@ def test_the_requests_of_an_adapter_are_found_in_both_runners() -> None:
     for hooks in (first, second):
         assert set(hooks.requests_of(2)) == {"b"}
         assert not set(hooks.requests_of(3))
+
+
+def test_all_ranks_read_the_variants_of_a_step_in_one_order() -> None:
+    from peraxis_format.engines.vllm.worker import VariantManager
+
+    added: list[int] = []
+    manager = object.__new__(VariantManager)
+    manager._dummies, manager._permitted = set(), SimpleNamespace(source=str)  # type: ignore[assignment]
+    manager.store = SimpleNamespace(  # type: ignore[assignment]
+        touch=list, ids=lambda: set(added), add=lambda number, name, path: added.append(number)
+    )
+    # A set of vLLM's requests has another order in each process.
+    requests: Any = [SimpleNamespace(lora_int_id=n, lora_name=f"v{n}", lora_path="") for n in (3, 1, 2)]
+    manager.set_active_adapters(requests, None)
+    assert added == [1, 2, 3]

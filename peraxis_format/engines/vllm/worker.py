@@ -93,8 +93,10 @@ class VariantManager:
         Afterwards `failed` has the requests whose adapter is not available; their rows are the base's.
         """
         failures: dict[int, Exception] = {}
-        self.store.touch(request.lora_int_id for request in requests)
-        for request in requests:
+        # vLLM's set is ordered by hashes of names, which differ between processes; all ranks read in one order.
+        ordered = sorted(requests, key=lambda request: request.lora_int_id)
+        self.store.touch(request.lora_int_id for request in ordered)
+        for request in ordered:
             if request.lora_int_id not in self._dummies | self.store.ids():
                 try:
                     self.store.add(request.lora_int_id, request.lora_name, self._permitted.source(request.lora_path))
