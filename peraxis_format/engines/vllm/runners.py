@@ -47,8 +47,7 @@ class RunnerHooks:
         if self._v2:
             known = self._runner.lora_state.lora_requests
             return [name for name, request in known.items() if request.lora_int_id == number]
-        found: Iterable[str] = self._runner.input_batch.lora_id_to_request_ids.get(number, ())
-        return found
+        return list(self._runner.input_batch.lora_id_to_request_ids.get(number, ()))
 
     def watch_prompts(self) -> None:
         """Let lm_head know the rows of prompts. Call it when the model is loaded: V2 makes this part last."""
