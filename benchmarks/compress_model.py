@@ -121,8 +121,34 @@ def _tools(*words: object) -> str:
     return done.stdout
 
 
-def main() -> int:
+def _compressed(base: Path, tuned: Path, out: Path, text: Path, device: str, more: list[str]) -> dict[str, Any]:
+    """Run `one` in a process of its own, whose peaks are its own too."""
+    command = [sys.executable, __file__, "--one", *map(str, (base, tuned, out, text)), device, "--", *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"compress: {done.stdout}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def measure(bench: Benchmark, work: Path, block: Block, vocabulary: int, device: str, more: list[str]) -> None:
     """Write the pair, plan, compress and verify. Raises RuntimeError with the output of a step that fails."""
+    base, tuned, text, out = work / "base", work / "fine-tuned", work / "text.jsonl", work / "out.pxd"
+    if not (tuned / "model.safetensors.index.json").is_file():
+        write_pair(work, block, vocabulary, torch.device(device))
+    write_text(text)
+    words = [base, tuned, "-o", out, "--calibration", text, "--device", device, *more]
+    bench.parameters["dry-run"] = _tools("compress", *words, "--dry-run").splitlines()
+    found = _compressed(base, tuned, out, text, device, more)
+    smaller = sum(path.stat().st_size for path in tuned.glob("*.safetensors")) / found["bytes"]
+    note = f"{smaller:.2f} times smaller, peak {found['rss'] / 1e9:.2f} GB, device {found['device'] / 1e9:.2f} GB"
+    bench.add("compress", Timing((found["seconds"],)), note=note, **found)
+    begin = time.perf_counter()
+    _tools("verify", out, "--base", base)
+    bench.add("verify with the base", Timing((time.perf_counter() - begin,)))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--scale", type=int, default=1, help="divide all widths")
@@ -131,41 +157,26 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="the folder of the pair; what is there already is taken")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("more", nargs="*", help="options of compress, after --")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Measure, and print the figures and what --dry-run said."""
+    options = _parser().parse_args()
     if options.one:
-        *paths, device = options.one
-        figures = one(*map(Path, paths), device, options.more)  # type: ignore[call-arg,arg-type]
+        base, tuned, out, text, device = options.one
+        figures = one(Path(base), Path(tuned), Path(out), Path(text), device, options.more)
         sys.stdout.write("\n" + json.dumps(figures) + "\n")
         return 0
     block = SHAPES[options.shape].scaled(options.scale)
-    vocabulary = max(258, VOCABULARY // options.scale)
-    if options.layers:
-        block = dataclasses.replace(block, layers=options.layers)
+    block = dataclasses.replace(block, layers=options.layers or block.layers)
     bench = Benchmark(
         "compress_model",
         parameters={"shape": options.shape, "scale": options.scale, "layers": block.layers, "more": options.more},
     )
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        base, tuned, text, out = work / "base", work / "fine-tuned", work / "text.jsonl", work / "out.pxd"
-        if not (tuned / "model.safetensors.index.json").is_file():
-            write_pair(work, block, vocabulary, torch.device(options.device))
-        write_text(text)
-        words = [base, tuned, "-o", out, "--calibration", text, "--device", options.device, *options.more]
-        bench.parameters["dry-run"] = _tools("compress", *words, "--dry-run").splitlines()
-        command = [sys.executable, __file__, "--one", *map(str, (base, tuned, out, text)), options.device]
-        done = subprocess.run([*command, "--", *options.more], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise RuntimeError(f"compress: {done.stdout}")
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        stored = sum(path.stat().st_size for path in tuned.glob("*.safetensors"))
-        note = f"{stored / found['bytes']:.2f} times smaller, peak {found['rss'] / 1e9:.2f} GB"
-        bench.add(
-            "compress", Timing((found["seconds"],)), note=f"{note}, device {found['device'] / 1e9:.2f} GB", **found
-        )
-        begin = time.perf_counter()
-        _tools("verify", out, "--base", base)
-        bench.add("verify with the base", Timing((time.perf_counter() - begin,)))
+        measure(bench, work, block, max(258, VOCABULARY // options.scale), options.device, options.more)
     bench.finish(options.json, options.plot)
     sys.stdout.write("\n".join(bench.parameters["dry-run"]) + "\n")
     return 0

@@ -96,7 +96,7 @@ def measure(method: str, inputs: Inputs, texts: Mapping[str, Path], bench: Bench
         texts,
         samples=samples,
         sequence_length=inputs.length,
-        candidates=("base", "merged"),
+        candidates=("merged",) if bench.results else ("base", "merged"),
         device=inputs.device,
     )
     if not bench.results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,18 @@ def test_the_operations_of_a_fit_are_those_that_its_bound_counts(d_in: int, outs
     single, _ = compress_block._fit_work(d_in, outs, FitOptions())
     # Matrix products are counted. The sweeps over signs are not.
     assert counter.get_total_flops() == pytest.approx(single, rel=0.1)
+
+
+def test_the_random_model_of_published_shapes_is_one_that_transformers_loads(tmp_path: Path) -> None:
+    import compress_block
+    import compress_model
+    from transformers import AutoModelForCausalLM
+
+    block = dataclasses.replace(compress_block.SHAPES["llama-3.1-8b"].scaled(64), layers=2)
+    base, tuned = compress_model.write_pair(tmp_path, block, 300, torch.device("cpu"))
+    models = [AutoModelForCausalLM.from_pretrained(path, output_loading_info=True) for path in (base, tuned)]
+    for model, told in models:
+        assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert model.config.num_hidden_layers == 2
+    changed = [not torch.equal(a, b) for (_, a), (_, b) in zip(*(m.named_parameters() for m, _ in models), strict=True)]
+    assert all(changed)
