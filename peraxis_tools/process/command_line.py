@@ -117,6 +117,7 @@ def prepared_process() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+        received.clear()  # errors of later work in this process are its own
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -148,7 +148,8 @@ def test_a_wire_on_the_state_after_its_step_is_noted(tmp_path: Path, caplog: pyt
     wire = index_value(tmp_path, old, new)
     states = [write_checkpoint(tmp_path / name, state) for name, state in (("before", old), ("after", new))]
     assert from_wire(wire, states[0], tmp_path / "right.pxd").changed > 0
-    assert not caplog.messages
+    assert not [message for message in caplog.messages if "changes no weight" in message]
+    caplog.clear()
     assert from_wire(wire, states[1], tmp_path / "wrong.pxd").changed == 0
     assert ["changes no weight of" in message for message in caplog.messages] == [True]
     assert str(states[1]) in caplog.messages[0]

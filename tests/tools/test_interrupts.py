@@ -74,7 +74,8 @@ def test_a_signal_whose_exception_python_discards_ends_the_run_in_one_line(
 ) -> None:
     """numba compiles within callbacks of ctypes."""
     program = (
-        "import ctypes, os, time\n"
+        "import ctypes, os, signal, time\n"
+        f"signal.signal({int(number)}, signal.default_int_handler if {int(number)} == 2 else signal.SIG_DFL)\n"
         "from peraxis_tools import cli\n"
         f"def end(): os.kill(os.getpid(), {int(number)})\n"
         "def verb():\n"
