@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import peraxis
 from peraxis_format.torch import VariantSwitch, apply_, serve
@@ -77,13 +78,17 @@ def test_the_head_of_an_untied_model_follows_the_embeddings_of_a_tied_variant(
     live = untied(base)
     apply_(live, path)
     assert torch.equal(live(IDS).logits, expected)
-    switched = untied(base)
-    with VariantSwitch(switched) as switch:
+    check_switched(untied(base), path, expected, before)
+
+
+def check_switched(live: Any, path: Path, expected: Tensor, before: Tensor) -> None:
+    """Check the logits of a model with a variant, and as the base again."""
+    with VariantSwitch(live) as switch:
         switch.add("a", path)
         switch.use("a")
-        assert torch.equal(switched(IDS).logits, expected)
+        assert torch.equal(live(IDS).logits, expected)
         switch.use(None)
-        assert torch.equal(switched(IDS).logits, before)
+        assert torch.equal(live(IDS).logits, before)
 
 
 def with_compiled_blocks(model: Any) -> Any:
@@ -128,13 +133,7 @@ def test_an_untied_head_follows_the_embeddings_inside_wrappers_and_in_f32(
     path, applied = delta_of(base, saved(tmp_path / "tuned", 1), exact=False)
     expected = changed(untied(applied))(IDS).logits
     live = changed(untied(base))
-    before = live(IDS).logits
-    with VariantSwitch(live) as switch:
-        switch.add("a", path)
-        switch.use("a")
-        assert torch.equal(live(IDS).logits, expected)
-        switch.use(None)
-        assert torch.equal(live(IDS).logits, before)
+    check_switched(live, path, expected, live(IDS).logits)
     apply_(live, path)
     assert torch.equal(live(IDS).logits, expected)
 

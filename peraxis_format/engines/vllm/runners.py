@@ -78,11 +78,11 @@ class _PromptLogprobs:
     def __init__(self, runner: Any, plain: Callable[..., Any]) -> None:
         self._runner = runner
         self._plain = plain
-        self._position = list(signature(plain).parameters).index(_HIDDEN)
+        self._signature = signature(plain)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         manager = getattr(self._runner, "lora_manager", None)
         if manager is None:
-            return self._plain(*args)
-        with manager.logits_of(args[self._position]):
-            return self._plain(*args)
+            return self._plain(*args, **kwargs)
+        with manager.logits_of(self._signature.bind(*args, **kwargs).arguments[_HIDDEN]):
+            return self._plain(*args, **kwargs)
